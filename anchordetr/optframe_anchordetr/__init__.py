@@ -1,0 +1,1 @@
+"""Anchor DETR for optframe: model, export, graph passes, plugin ops, evaluation."""

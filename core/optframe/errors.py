@@ -1,0 +1,42 @@
+"""The errors a user can meet, each with the exit status the command line gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class OptframeError(Exception):
+    """Base of all errors shown to a user: one line that says what is wrong and what to do."""
+
+    exit_status = 1
+
+
+class CheckFailed(OptframeError):
+    """A check of the model failed: accuracy, verification, an export that does not equal its source."""
+
+    exit_status = 1
+
+
+class InputError(OptframeError):
+    """The user's input or usage is wrong: a file, a name, an option, a combination."""
+
+    exit_status = 2
+
+
+class EnvironmentLacks(OptframeError):
+    """The machine or the Python environment lacks something that the request needs."""
+
+    exit_status = 3
+
+
+class PluginError(InputError):
+    """A plugin or one of its contributions is at fault; the message names plugin, distribution and version."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """Return the error for a `name` of `kind` ("pass", "model", ...) that nobody registered, with a suggestion."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
+    return InputError(f"unknown {kind} '{name}': {hint}")

@@ -1,0 +1,155 @@
+"""Models as `onnx_ir.Model`: load, save, count, fingerprint, check, and the small questions every pass asks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from optframe.errors import InputError
+
+ONNX_DOMAINS = ("", "ai.onnx")
+EXTERNAL_THRESHOLD_BYTES = 1 << 31
+"""A protobuf message ends at 2 GiB: larger models are saved with their weights beside them."""
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Return the model at `path`; external weights stay on disk until touched.
+
+    Raises:
+        InputError: there is no such file, it is no ONNX model, or its weight file is missing or cut off.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise InputError(f"no such file: {source}")
+    try:
+        model = ir.load(source)
+    except Exception as error:  # protobuf and onnx_ir raise many types for a damaged file
+        raise InputError(f"{source} is no ONNX model ({type(error).__name__}: {_first_line(error)})") from error
+    if not model.graph.outputs:
+        raise InputError(f"{source} is no usable ONNX model: its graph has no outputs")
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(source, value.const_value)
+    return model
+
+
+def _check_external(source: Path, tensor: ir.ExternalTensor) -> None:
+    weights = Path(tensor.path)
+    if not weights.resolve().is_relative_to(source.resolve().parent):
+        raise InputError(
+            f"{source}: weight '{tensor.name}' lies outside the model's folder ({tensor.location}); refused"
+        )
+    if not weights.is_file():
+        raise InputError(f"{source}: its weight file {tensor.location} is missing; put it beside the model")
+    end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+    if weights.stat().st_size < end:
+        raise InputError(f"{source}: its weight file {tensor.location} is cut off at {weights.stat().st_size} bytes")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return the size of all initialisers in bytes."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
+    """Write `model` to `path` under a temporary name and rename it; from 2 GiB on the weights go to `<name>.data`.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            temporary = Path(folder) / target.name
+            if weight_bytes(model) < EXTERNAL_THRESHOLD_BYTES:
+                ir.save(_with_internal_weights(model), temporary)
+            else:
+                ir.save(model, temporary, external_data=f"{target.name}.data")
+                os.replace(f"{temporary}.data", f"{target}.data")
+            os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def _with_internal_weights(model: ir.Model) -> ir.Model:
+    for graph in model.graphs():
+        ir.external_data.convert_tensors_from_external(
+            [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+        )
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+    return model
+
+
+def opset(model: ir.Model) -> int:
+    """Return the version of ONNX's own opset that `model` imports."""
+    for domain in ONNX_DOMAINS:
+        if domain in model.opset_imports:
+            return model.opset_imports[domain]
+    raise InputError("the model imports no version of ONNX's own opset")
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every node of the graph and its subgraphs, not of functions."""
+    yield from model.graph.all_nodes()
+
+
+def op_histogram(model: ir.Model, kernel_ops: Collection[str] = ()) -> Counter[str]:
+    """Return op type -> count, the way every node count here is taken.
+
+    Constant nodes are left out, nodes of subgraphs counted. A call of a model-local function counts as one node where
+    its `domain::name` is among `kernel_ops` (it has a kernel); otherwise the nodes of its body are counted instead.
+    """
+    counts: Counter[str] = Counter()
+    _count_into(counts, model, model.graph.all_nodes(), frozenset(kernel_ops))
+    return counts
+
+
+def _count_into(counts: Counter[str], model: ir.Model, nodes: Iterator[ir.Node], kernels: frozenset[str]) -> None:
+    for node in nodes:
+        if node.domain in ONNX_DOMAINS and node.op_type == "Constant":
+            continue
+        function = model.functions.get(node.op_identifier())
+        if function is not None and f"{node.domain}::{node.op_type}" not in kernels:
+            _count_into(counts, model, function.all_nodes(), kernels)
+        else:
+            counts[node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"] += 1
+
+
+def count_nodes(model: ir.Model, kernel_ops: Collection[str] = ()) -> int:
+    """Return how many nodes `model` has; see `op_histogram` for what is counted."""
+    return op_histogram(model, kernel_ops).total()
+
+
+def constant(value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
+    """Return the array behind `value` if it is an initialiser (no graph input) or the output of a Constant node."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or value.is_graph_input():
+        return None
+    return tensor.numpy()
+
+
+def fingerprint(model: ir.Model) -> str:
+    """Return a SHA-256 over everything that `model` computes: ops, attributes, wiring, weights, types, metadata."""
+    return hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,145 @@
+"""What a graph pass is: a frozen dataclass with a name, options, and `run(model, context) -> PassResult`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from optframe.errors import unknown_name
+from optframe.types import OpSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PASS_KEY = "optframe.pass"
+"""Metadata key of a node: the passes that made it, oldest first, separated by commas."""
+
+ORIGIN_KEY = "optframe.from"
+"""Metadata key of a node: names of the exported nodes that it stands for, separated by commas."""
+
+SCOPE_KEY = "optframe.scope"
+"""Metadata key of a node: the torch module path that it came from, where the exporter gave one."""
+
+Dialect = Literal["onnx_ir", "graphsurgeon"]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A node that a pass looked at and left alone, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether the model changed at all, and how many rewrites it made."""
+
+    modified: bool
+    rewrites: int = 0
+
+
+@dataclass
+class PassContext:
+    """What a pass may use besides the model; one is made for each execution of a pass.
+
+    `ops` are the registered plugin ops by identifier. `allow` is asked once before each rewrite, so that a failure
+    can be bisected to a single one. A pass changes a graph through `replace`, which keeps names and provenance.
+    """
+
+    ops: Mapping[str, OpSpec] = field(default_factory=dict)
+    allow_rewrite: Callable[[str], bool] = lambda _description: True
+    near_misses: list[NearMiss] = field(default_factory=list)
+    pass_name: str = ""
+
+    def near_miss(self, node: Any, reason: str) -> None:
+        """Record that `node` (of either dialect) nearly matched, and the `reason` it was left alone."""
+        op_type = str(getattr(node, "op_type", None) or getattr(node, "op", ""))
+        self.near_misses.append(NearMiss(node.name or "", op_type, reason))
+
+    def allow(self, node: Any) -> bool:
+        """Return whether the rewrite at `node` may happen; ask right before making it, and count on the answer."""
+        return self.allow_rewrite(f"{self.pass_name} at {node.name or '(unnamed node)'}")
+
+    def op(self, identifier: str) -> OpSpec:
+        """Return the registered op `domain::name`.
+
+        Raises:
+            InputError: no plugin registered it.
+        """
+        if identifier not in self.ops:
+            raise unknown_name("op", identifier, self.ops)
+        return self.ops[identifier]
+
+    def replace(
+        self,
+        old_nodes: Sequence[ir.Node],
+        new_nodes: Sequence[ir.Node],
+        old_values: Sequence[ir.Value],
+        new_values: Sequence[ir.Value],
+    ) -> None:
+        """Put `new_nodes` in the place of `old_nodes`; uses of `old_values` become uses of `new_values`.
+
+        New values take over names, types and shapes of the old ones; new nodes record this pass and their origin.
+        The insertion point is the last old node, which must come after the producers of all new inputs.
+        """
+        import onnx_ir as ir
+
+        graph = old_nodes[-1].graph
+        assert graph is not None, "replaced nodes belong to a graph"
+        self.stamp(new_nodes, old_nodes)
+        ir.convenience.replace_nodes_and_values(graph, old_nodes[-1], old_nodes, new_nodes, old_values, new_values)
+
+    def stamp(self, new_nodes: Iterable[ir.Node], origin: Sequence[ir.Node]) -> None:
+        """Record on each of `new_nodes` that this pass made it from the nodes of `origin`."""
+        merged = merge_provenance([node.metadata_props for node in origin], [node.name or "" for node in origin])
+        for node in new_nodes:
+            for key, value in merged.items():
+                node.metadata_props.setdefault(key, value)
+            made_by = [name for name in merged.get(PASS_KEY, "").split(",") if name]
+            if self.pass_name not in made_by:
+                made_by.append(self.pass_name)
+            node.metadata_props[PASS_KEY] = ",".join(made_by)
+
+
+def merge_provenance(metadata: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, str]:
+    """Return the provenance metadata of a node made from nodes with `metadata` and `names`, in order, without repeats.
+
+    A node that already stands for others (it has `ORIGIN_KEY`) passes those on instead of its own name.
+    """
+    origins: dict[str, None] = {}
+    merged: dict[str, str] = {}
+    passes: dict[str, None] = {}
+    for props, name in zip(metadata, names, strict=True):
+        origins.update(dict.fromkeys(filter(None, props.get(ORIGIN_KEY, name).split(","))))
+        passes.update(dict.fromkeys(filter(None, props.get(PASS_KEY, "").split(","))))
+        for key, value in props.items():
+            merged.setdefault(key, value)
+    merged[ORIGIN_KEY] = ",".join(origins)
+    merged[PASS_KEY] = ",".join(passes)
+    return {key: value for key, value in merged.items() if value}
+
+
+@dataclass(frozen=True)
+class GraphPass(ABC):
+    """Base of all passes. A subclass is a frozen dataclass: its fields are its options, and each has a default.
+
+    A pass is deterministic, idempotent and without state, works in place, and leaves alone what it does not
+    understand. Its docstring is its documentation (`optframe passes NAME`).
+    """
+
+    name: ClassVar[str]
+    dialect: ClassVar[Dialect] = "onnx_ir"
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that, where a pipeline has them too, must have run before this one."""
+    before: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that, where a pipeline has them too, must run only after this one."""
+    domains: ClassVar[tuple[str, ...]] = ()
+    """Op domains, beyond ONNX's own, that this pass may bring into a model."""
+
+    @abstractmethod
+    def run(self, model: Any, context: PassContext) -> PassResult:
+        """Change `model` (an `onnx_ir.Model`, or a `graphsurgeon.Graph` for that dialect) in place."""

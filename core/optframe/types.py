@@ -1,0 +1,255 @@
+"""What plugins hand over: frozen dataclasses, declared lazily, and the protocols that their targets follow."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+
+from optframe.errors import PluginError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+API_VERSION = "1.0"
+"""Version of this interface. A minor step adds optional fields and hooks; a major step may remove or rename."""
+
+Feeds: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
+"""Input name -> array, for one inference."""
+
+Outputs: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
+"""Output name -> array, of one inference."""
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+def load_target(reference: str) -> Any:
+    """Import and return what `reference` ("package.module:attribute") names.
+
+    Raises:
+        PluginError: the reference is malformed, or module or attribute cannot be imported.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not (module_name and colon and attribute):
+        raise PluginError(f"'{reference}' is no reference of the form 'package.module:attribute'")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # a plugin's import may raise anything; the caller must learn which plugin it was
+        raise PluginError(f"cannot load '{reference}': {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that `optframe run NAME` knows. `target` names a class that follows `ModelAdapter`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """A graph pass. `target` names a `GraphPass` subclass whose `name` equals `name`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A named pipeline: the text of passes (and of other pipelines' names) that it stands for."""
+
+    name: str
+    text: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class CalibratorSpec:
+    """A way to choose INT8 ranges. `target` names a class that follows `optframe.precision.Calibrator`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """Something that builds engines and runs them. `target` names a class that follows `optframe.backend.Backend`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """A further sub-command of the command line. `target` names a function that typer can wrap."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype ("float32", "float16", "bfloat16", "int8", "int32", "int64", "bool") of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One CUDA launch. The kernel's arguments are: input pointers, int32 `extras`, output pointers.
+
+    Float attributes, dtypes and the presence of optional inputs are baked into the source by `defines`, since an
+    ahead-of-time TensorRT plugin can hand a kernel no scalars but int32. A grid with a zero means: nothing to launch.
+    """
+
+    entry: str
+    defines: tuple[tuple[str, str], ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+    extras: tuple[int, ...] = ()
+
+
+class LaunchRule(Protocol):
+    """Chooses the launch of an op for given tensors; raises InputError for what the kernel cannot do."""
+
+    def __call__(
+        self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
+    ) -> KernelLaunch: ...
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """The CUDA source of an op ("package:relative/path.cu") and the reference of its `LaunchRule`."""
+
+    source: str
+    launch: str
+
+    def read_source(self) -> str:
+        """Return the CUDA source text."""
+        package, _, relative = self.source.partition(":")
+        return resources.files(package).joinpath(relative).read_text(encoding="utf-8")
+
+    def launch_rule(self) -> LaunchRule:
+        """Return the launch rule."""
+        rule: LaunchRule = load_target(self.launch)
+        return rule
+
+
+@dataclass(frozen=True)
+class OpAttribute:
+    """A typed attribute of an op; `default` None makes it required."""
+
+    type: Literal["float", "int", "string", "ints", "floats"]
+    default: float | int | str | tuple[int, ...] | tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OpParameter:
+    """A formal input or output of an op with the dtypes it takes."""
+
+    name: str
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A plugin op: one declaration, every runtime.
+
+    `function` names `(opset: int, dtypes: Mapping[str, str]) -> onnx_ir.Function`: the op's meaning in standard ops,
+    `dtypes` by parameter name. `shape_rule` names `(inputs: Sequence[TensorInfo], attributes: Mapping[str, object]) ->
+    tuple[TensorInfo, ...]`. An op without a kernel is legal but never counted as one node.
+    """
+
+    name: str
+    domain: str
+    inputs: tuple[OpParameter, ...]
+    outputs: tuple[OpParameter, ...]
+    function: str
+    shape_rule: str
+    attributes: Mapping[str, OpAttribute] = field(default_factory=dict)
+    kernel: KernelSpec | None = None
+    version: int = 1
+    summary: str = ""
+
+    @property
+    def identifier(self) -> str:
+        """`domain::name`, as the registry lists it."""
+        return f"{self.domain}::{self.name}"
+
+    def build_function(self, opset: int, dtypes: Mapping[str, str]) -> ir.Function:
+        """Return the op's meaning as an ONNX function in standard ops of `opset`."""
+        function: ir.Function = load_target(self.function)(opset, dtypes)
+        return function
+
+    def infer(self, inputs: Sequence[TensorInfo], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
+        """Return shapes and dtypes of the outputs."""
+        infos: tuple[TensorInfo, ...] = load_target(self.shape_rule)(inputs, attributes)
+        return infos
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A picture for the report: PNG or JPEG bytes, a title, and one line on what it shows."""
+
+    title: str
+    image: bytes
+    caption: str = ""
+    mime: str = "image/png"
+
+
+class ModelAdapter(Protocol):
+    """What a `ModelSpec` names: constructed as `Adapter(options)`, where `options` is an instance of its `Options`.
+
+    `Options` is a frozen dataclass; its fields are the model's command-line options. Those with a name that `optframe
+    run` has a flag for (checkpoint, variant, shape, opset, exporter, mask, dynamic, images, calibration_images) get
+    it, others come as `--model-option name=value`. Construction is cheap and validates; heavy imports wait.
+    """
+
+    Options: ClassVar[type[Any]]
+    pipeline: str
+    """The pipeline text used when the user names none."""
+
+    def files(self) -> Sequence[Path]:
+        """Return the user's files that the result depends on (checkpoint, images): their contents key the cache."""
+        ...
+
+    def notes(self) -> Sequence[str]:
+        """Return plain sentences that the report must show, such as "weights are seeded, not trained"."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """Write the model as ONNX to `path`, and prove it equal to its source, or raise CheckFailed."""
+        ...
+
+    def feeds(self) -> Sequence[Feeds]:
+        """Return at least two different real inputs that calibration has not seen; the first is the default one."""
+        ...
+
+    def random_feeds(self, seed: int) -> Feeds:
+        """Return one random input; where shapes are dynamic, another `seed` gives another shape."""
+        ...
+
+    def calibration_feeds(self) -> Iterable[Feeds]:
+        """Yield the inputs for INT8 calibration; raise InputError if there are none."""
+        ...
+
+    def reference(self, feeds: Feeds) -> Outputs:
+        """Return the outputs of the model's source (PyTorch FP32) for `feeds`."""
+        ...
+
+    def illustrate(self, outputs: Mapping[str, Outputs]) -> Sequence[Illustration]:
+        """Return pictures for the report from each run's outputs for the first of `feeds` (run label -> outputs)."""
+        ...

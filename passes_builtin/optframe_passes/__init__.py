@@ -1,0 +1,1 @@
+"""Generic graph passes, one a file, and the pipelines made of them."""

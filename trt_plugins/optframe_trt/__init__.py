@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: NVRTC, plugin creators, calibrators, backends."""
