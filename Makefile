@@ -1,0 +1,44 @@
+# Two commands do all the set-up on a machine with Python 3.11 or newer: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROJECTS := pyproject.toml anchordetr/pyproject.toml constraints.txt
+
+.PHONY: help run test lint types contracts suite slow clean
+
+help:
+	@echo "make run    Anchor DETR from PyTorch to checked fp32, fp16 and int8 engines; report in runs/anchordetr/"
+	@echo "make test   lint, types, import contracts and the test suite"
+	@echo "make slow   the tests that take longer than make test should"
+	@echo "make clean  remove the virtual environment and everything a run or a tool left behind"
+
+run: $(INSTALLED)
+	$(BIN)/optframe run anchordetr --out runs/anchordetr $(ARGS)
+
+test: lint types contracts suite
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+contracts: $(INSTALLED)
+	$(BIN)/lint-imports --no-cache
+
+suite: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest --slow -m slow -q
+
+$(INSTALLED): $(PROJECTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optframe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" -e ./anchordetr
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

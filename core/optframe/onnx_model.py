@@ -1,0 +1,86 @@
+"""An ONNX file as a model of its own: what `optframe run FILE.onnx` uses in place of a plugin's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from optframe import feeds, graph
+from optframe.backend import BuildOptions, Engine
+from optframe.backends.onnxruntime import OnnxRuntimeBackend
+from optframe.errors import InputError
+from optframe.types import Feeds, Illustration, Outputs
+
+
+@dataclass(frozen=True)
+class OnnxFileOptions:
+    """`path` of the ONNX file; `inputs`: an `.npz` file of real inputs, the last sample of which calibration never sees."""
+
+    path: Path
+    inputs: Path | None = None
+
+
+class OnnxFileModel:
+    """Follows `ModelAdapter`; the reference is the file itself in onnxruntime, nothing optimised."""
+
+    Options: ClassVar[type[OnnxFileOptions]] = OnnxFileOptions
+    pipeline = "portable"
+
+    def __init__(self, options: OnnxFileOptions) -> None:
+        self.options = options
+        self._model = graph.load(options.path)
+
+    def files(self) -> Sequence[Path]:
+        """Return the model and the inputs file."""
+        return [self.options.path, *([self.options.inputs] if self.options.inputs else [])]
+
+    def notes(self) -> Sequence[str]:
+        """Say when figures come from random inputs."""
+        if self.options.inputs:
+            return []
+        return ["No --inputs were given: errors are measured on random inputs, which may not be what the model meets."]
+
+    def export(self, path: Path) -> None:
+        """Write the model, as it is, to `path`."""
+        graph.save(graph.load(self.options.path), path)
+
+    @cached_property
+    def _samples(self) -> list[Feeds]:
+        return feeds.read_feeds(self.options.inputs, self._model) if self.options.inputs else []
+
+    def feeds(self) -> Sequence[Feeds]:
+        """Return the last two samples of the inputs file, filled up with random ones where there are fewer."""
+        chosen = list(self._samples[-2:][::-1])
+        return chosen + [self.random_feeds(seed) for seed in range(2 - len(chosen))]
+
+    def random_feeds(self, seed: int) -> Feeds:
+        """Return one random input drawn from the graph's declared types."""
+        return feeds.random_feeds(self._model, seed)
+
+    def calibration_feeds(self) -> Iterable[Feeds]:
+        """Return all samples but the last; with a single one, that one.
+
+        Raises:
+            InputError: there is no inputs file.
+        """
+        if not self._samples:
+            raise InputError("int8 needs data to calibrate on: pass --inputs FILE.npz, or leave int8 out of --precision")
+        return self._samples[:-1] or self._samples
+
+    def reference(self, feeds: Feeds) -> Outputs:
+        """Return what the file as given computes for `feeds`."""
+        with OnnxRuntimeBackend().open(self._raw_engine) as runner:
+            return runner.run(feeds)
+
+    @cached_property
+    def _raw_engine(self) -> Engine:
+        return Engine(self.options.path, "onnxruntime", "fp32", "cpu")
+
+    def illustrate(self, outputs: Mapping[str, Outputs]) -> Sequence[Illustration]:
+        """Return nothing: what the outputs mean is unknown."""
+        return []
