@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from optframe import files
 from optframe.errors import InputError
 
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -71,10 +72,11 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
     """Write `model` to `path` under a temporary name and rename it; from 2 GiB on the weights go to `<name>.data`.
 
     Raises:
-        InputError: the folder does not exist or cannot be written, or the disk is full.
+        InputError: the folder cannot be made or written.
+        EnvironmentLacks: the disk is full.
     """
     target = Path(path)
-    try:
+    with files.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             temporary = Path(folder) / target.name
@@ -84,16 +86,11 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
                 ir.save(model, temporary, external_data=f"{target.name}.data")
                 os.replace(f"{temporary}.data", f"{target}.data")
             os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
 
 def _with_internal_weights(model: ir.Model) -> ir.Model:
     for graph in model.graphs():
-        ir.external_data.convert_tensors_from_external(
-            [v.const_value for v in graph.initializers.values() if v.const_value is not None]
-        )
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)

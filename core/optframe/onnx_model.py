@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -35,9 +35,11 @@ class OnnxFileModel:
         self.options = options
         self._model = graph.load(options.path)
 
-    def files(self) -> Sequence[Path]:
-        """Return the model and the inputs file."""
-        return [self.options.path, *([self.options.inputs] if self.options.inputs else [])]
+    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+        """Return the model file, and for inputs the inputs file."""
+        if of == "export":
+            return {"model": self.options.path}
+        return {"inputs": self.options.inputs or "random"}
 
     def notes(self) -> Sequence[str]:
         """Say when figures come from random inputs."""

@@ -90,7 +90,7 @@ class BackendSpec:
 
 @dataclass(frozen=True)
 class CommandSpec:
-    """A further sub-command of the command line. `target` names a function that typer can wrap."""
+    """A further sub-command of the command line. `target` names a function that typer can wrap, or a `typer.Typer`."""
 
     name: str
     target: str
@@ -122,10 +122,13 @@ class KernelLaunch:
 
 
 class LaunchRule(Protocol):
-    """Chooses the launch of an op for given tensors; raises InputError for what the kernel cannot do."""
+    """Chooses the launch of an op for given tensors; raises InputError for what the kernel cannot do.
+
+    `inputs` follow the op's declaration: None for an optional one that is absent, left out where all after it are too.
+    """
 
     def __call__(
-        self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
+        self, inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
     ) -> KernelLaunch: ...
 
 
@@ -169,8 +172,9 @@ class OpSpec:
     """A plugin op: one declaration, every runtime.
 
     `function` names `(opset: int, dtypes: Mapping[str, str]) -> onnx_ir.Function`: the op's meaning in standard ops,
-    `dtypes` by parameter name. `shape_rule` names `(inputs: Sequence[TensorInfo], attributes: Mapping[str, object]) ->
-    tuple[TensorInfo, ...]`. An op without a kernel is legal but never counted as one node.
+    `dtypes` by parameter name, of the present inputs. `shape_rule` names `(inputs: Sequence[TensorInfo | None],
+    attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]`, with None for an absent input. An op without a kernel
+    is legal but never counted as one node.
     """
 
     name: str
@@ -194,8 +198,8 @@ class OpSpec:
         function: ir.Function = load_target(self.function)(opset, dtypes)
         return function
 
-    def infer(self, inputs: Sequence[TensorInfo], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
-        """Return shapes and dtypes of the outputs."""
+    def infer(self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
+        """Return shapes and dtypes of the outputs; an optional input that is absent is None or left out at the end."""
         infos: tuple[TensorInfo, ...] = load_target(self.shape_rule)(inputs, attributes)
         return infos
 
@@ -222,8 +226,11 @@ class ModelAdapter(Protocol):
     pipeline: str
     """The pipeline text used when the user names none."""
 
-    def files(self) -> Sequence[Path]:
-        """Return the user's files that the result depends on (checkpoint, images): their contents key the cache."""
+    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+        """Return what the export, the real inputs or the calibration data depend on, for the cache key.
+
+        Plain values count as they are, a `Path` by the content of that file or folder.
+        """
         ...
 
     def notes(self) -> Sequence[str]:

@@ -1,0 +1,1 @@
+"""The backends that need nothing beyond the core's dependencies; each is imported only when used."""

@@ -1,0 +1,440 @@
+"""The backend `onnxruntime`: runs an ONNX file in ONNX Runtime, on the CPU or through its CUDA provider.
+
+The engine is the ONNX file itself with a small JSON of settings beside it, and onnxruntime optimises it each time it
+is loaded. onnxruntime can write its optimised graph instead, but that file is tied to one version, one provider and
+one CPU model, its private ops fail ONNX's checker, and all it saves is a second or two of loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from optframe import environment, files, graph
+from optframe.backend import BuildOptions, Engine
+from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
+from optframe.types import Feeds, Outputs, Precision
+
+Array = np.ndarray[Any, Any]
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_COMMAND = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+
+QUIET = 4
+"""onnxruntime's severity "fatal": it logs errors besides raising them, and they are ours to report."""
+
+QUANTIZED_OP = re.compile(r"(Quantize|Dequantize|DynamicQuantize)Linear|QLinear\w+|\w+Integer")
+HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+PLAIN_TYPES = [
+    "float16",
+    "bfloat16",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "string",
+    "double",
+]
+TENSOR_TYPES = {
+    "tensor(float)": ir.DataType.FLOAT,
+    **{f"tensor({name})": ir.DataType[name.upper()] for name in PLAIN_TYPES},
+}
+"""onnxruntime's names of the tensor types that NumPy (with ml_dtypes) can hold -> `ir.DataType`."""
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """The backend's own options.
+
+    `threads`: how many compute one op; 0 takes one for each physical core that this process may use. `optimization`:
+    what onnxruntime does when it loads the model (all, extended, basic, disable). `tf32`: whether CUDA may round the
+    factors of FP32 products to TF32; false by default, since FP32 is what was asked for.
+    """
+
+    threads: int = 0
+    optimization: str = "all"
+    tf32: bool = False
+
+    LEVELS: ClassVar[Mapping[str, str]] = {
+        "all": "ORT_ENABLE_ALL",
+        "extended": "ORT_ENABLE_EXTENDED",
+        "basic": "ORT_ENABLE_BASIC",
+        "disable": "ORT_DISABLE_ALL",
+    }
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str]) -> Self:
+        """Return the settings that `options` ask for.
+
+        Raises:
+            InputError: an option is unknown, or its value is not one that it takes.
+        """
+        for name in options:
+            if name not in {field.name for field in fields(cls)}:
+                raise unknown_name("option of backend onnxruntime", name, [field.name for field in fields(cls)])
+        threads, tf32 = options.get("threads", "0"), options.get("tf32", "false")
+        optimization = options.get("optimization", "all")
+        if not (threads.isascii() and threads.isdigit()):
+            raise InputError(f"backend onnxruntime: threads={threads} is no number of threads (0: one for each core)")
+        if tf32 not in ("true", "false"):
+            raise InputError(f"backend onnxruntime: tf32={tf32} is neither true nor false")
+        if optimization not in cls.LEVELS:
+            raise unknown_name("optimization of backend onnxruntime", optimization, cls.LEVELS)
+        return cls(int(threads), optimization, tf32 == "true")
+
+
+class OnnxRuntimeBackend:
+    """Follows `optframe.backend.Backend`. Options: see `SessionSettings`."""
+
+    name = "onnxruntime"
+
+    def missing(self) -> str | None:
+        """Return None if onnxruntime is installed, else the command that installs it."""
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed: pip install onnxruntime"
+        return None
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the version of whichever onnxruntime distributions are installed."""
+        found = {name: environment.version(name) for name in DISTRIBUTIONS}
+        return {name: version for name, version in found.items() if version}
+
+    def build(self, model: Path, folder: Path, options: BuildOptions) -> Engine:
+        """Prove that onnxruntime takes `model` on the device asked for, then write `folder`/model.onnx and settings.
+
+        Raises:
+            InputError: an option is unknown, the model is not of `options.precision`, or an op has no kernel.
+            EnvironmentLacks: the device, its provider or its libraries are missing.
+        """
+        settings = SessionSettings.parse(options.options)
+        device = choose_device(options.device)
+        loaded = graph.load(model)
+        check_precision(model, loaded, options.precision)
+        create_session(model, device, settings)
+        engine = Engine(graph.save(loaded, folder / "model.onnx"), self.name, options.precision, device)
+        files.write_text(_settings_path(engine.path), json.dumps(asdict(settings), indent=1))
+        return engine
+
+    def open(self, engine: Engine) -> OnnxRuntimeRunner:
+        """Load `engine`, which may be any ONNX file: without settings beside it the defaults hold.
+
+        Raises:
+            InputError: the file is missing or no usable model.
+            EnvironmentLacks: its device is missing here.
+        """
+        device = choose_device(engine.device)
+        session = create_session(engine.path, device, _read_settings(engine.path))
+        runner = CudaRunner if device == "cuda" else OnnxRuntimeRunner
+        return runner(session, engine.path.name)
+
+
+def _settings_path(engine: Path) -> Path:
+    return engine.with_name(f"{engine.name}.json")
+
+
+def _read_settings(engine: Path) -> SessionSettings:
+    path = _settings_path(engine)
+    if not path.is_file():
+        return SessionSettings()
+    try:
+        return SessionSettings(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged; build the engine again") from error
+
+
+@functools.cache
+def _onnxruntime() -> Any:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(QUIET)
+    return onnxruntime
+
+
+def choose_device(device: str) -> str:
+    """Return "cpu" or "cuda" for `device`, which may be "auto": CUDA where provider and GPU are there.
+
+    Raises:
+        InputError: no such device.
+        EnvironmentLacks: "cuda" is asked for and missing.
+    """
+    if device not in ("cpu", "cuda", "auto"):
+        raise unknown_name("device", device, ("cpu", "cuda", "auto"))
+    if device == "cpu":
+        return device
+    lacks = _lacks_cuda()
+    if lacks and device == "cuda":
+        raise EnvironmentLacks(lacks)
+    return "cpu" if lacks else "cuda"
+
+
+def _lacks_cuda() -> str | None:
+    if CUDA_PROVIDER not in _onnxruntime().get_available_providers():
+        return f"this onnxruntime has no CUDA provider: {CUDA_COMMAND}"
+    if not environment.gpus():
+        return "no NVIDIA GPU is to be seen (nvidia-smi lists none): mend the driver, or use --device cpu"
+    return None
+
+
+def check_precision(path: Path, model: ir.Model, precision: Precision) -> None:
+    """Check that `model` is of `precision`: INT8 has quantising ops, FP16 has 16-bit weights, casts or inputs.
+
+    Raises:
+        InputError: it is not.
+    """
+    if precision == "int8" and not any(QUANTIZED_OP.fullmatch(node.op_type) for node in _nodes(model)):
+        raise InputError(f"{path} has no QuantizeLinear or DequantizeLinear, so it is not int8: quantise it first")
+    if precision == "fp16" and not _has_half(model):
+        raise InputError(f"{path} has no float16 tensors, so it is not fp16: convert it first")
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _has_half(model: ir.Model) -> bool:
+    values = [*model.graph.inputs, *(value for g in model.graphs() for value in g.initializers.values())]
+    if any(value.dtype in HALF_TYPES for value in values):
+        return True
+    casts = (node.attributes.get("to") for node in _nodes(model) if node.op_type == "Cast")
+    return any(to is not None and to.value in HALF_TYPES for to in casts)
+
+
+def create_session(path: Path, device: str, settings: SessionSettings) -> Any:
+    """Return an `onnxruntime.InferenceSession` of the model at `path` on `device` ("cpu" or "cuda").
+
+    Raises:
+        InputError: there is no such file, or onnxruntime does not take the model.
+        EnvironmentLacks: memory or CUDA's libraries do not suffice.
+    """
+    ort = _onnxruntime()
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    options = ort.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = settings.threads or environment.usable_cores()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, settings.LEVELS[settings.optimization])
+    try:
+        session = ort.InferenceSession(str(path), options, providers=_providers(device, settings))
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise _load_error(path, device, error) from error
+    if device == "cuda" and CUDA_PROVIDER not in session.get_providers():
+        raise EnvironmentLacks(f"onnxruntime's CUDA provider did not start, its libraries are missing: {CUDA_COMMAND}")
+    return session
+
+
+def _providers(device: str, settings: SessionSettings) -> list[Any]:
+    if device == "cpu":
+        return [CPU_PROVIDER]
+    ort = _onnxruntime()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, and the session says it too
+        ort.preload_dlls()
+    return [(CUDA_PROVIDER, {"use_tf32": int(settings.tf32)}), CPU_PROVIDER]
+
+
+def _message(error: Exception) -> str:
+    """Return onnxruntime's message as one line, without codes, the model's path and source lines."""
+    text = " ".join(str(error).split())
+    noise = r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .+? failed: ?|/\S+\.(?:cc|h):\d+ "
+    return re.sub(noise, "", text)[:400]
+
+
+def _load_error(path: Path, device: str, error: Exception) -> OptframeError:
+    text = _message(error)
+    no_kernel = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    unregistered = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", text)
+    provider = "CUDA or CPU" if device == "cuda" else "CPU"
+    if no_kernel:
+        op, node = no_kernel.groups()
+        return InputError(
+            f"{path}: onnxruntime's {provider} provider has no kernel for the types of op {op} "
+            f"(node '{node or 'without a name'}'): choose another precision or pipeline"
+        )
+    if unregistered:
+        domain, op = unregistered.groups()
+        return InputError(
+            f"{path}: onnxruntime does not know op {domain}::{op} (node '{_first_node(path, op)}'): "
+            "choose a pipeline that keeps to standard ops"
+        )
+    return _out_of_memory(path, text) or InputError(f"{path}: onnxruntime does not take this model: {text}")
+
+
+def _first_node(path: Path, op_type: str) -> str:
+    nodes = _nodes(graph.load(path))
+    return next((node.name or "without a name" for node in nodes if node.op_type == op_type), "unknown")
+
+
+def _out_of_memory(path: Path, text: str) -> EnvironmentLacks | None:
+    if re.search(r"[Ff]ailed to allocate|bad_?alloc|bad allocation|out of memory", text):
+        return EnvironmentLacks(f"{path}: not enough memory ({text})")
+    return None
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input as the session declares it; a dimension is a size, or a symbol's name, or None.
+
+    onnxruntime tells a shape of no dimensions for a scalar and for an unknown rank: then the model decides.
+    """
+
+    name: str
+    data_type: ir.DataType
+    shape: tuple[int | str | None, ...]
+
+    def check(self, array: Array, symbols: dict[str, int]) -> Array:
+        """Return `array` if it fits, C-contiguous; `symbols` collects the sizes of named dimensions."""
+        wanted, is_text = self.data_type.numpy(), self.data_type == ir.DataType.STRING
+        if array.dtype.kind not in "OSUT" if is_text else array.dtype != wanted:
+            raise InputError(f"input '{self.name}' is {array.dtype}, the model takes {'text' if is_text else wanted}")
+        if self.shape and not (array.ndim == len(self.shape) and all(map(_fits(symbols), array.shape, self.shape))):
+            shape = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+            known = [f"{name} = {symbols[name]}" for name in self.shape if isinstance(name, str) and name in symbols]
+            raise InputError(
+                f"input '{self.name}' has shape {list(array.shape)}, the model takes [{shape}]"
+                + (f" with {', '.join(known)}" if known else "")
+            )
+        return np.require(array, requirements="C")
+
+
+def _fits(symbols: dict[str, int]) -> Callable[[int, int | str | None], bool]:
+    def fits(size: int, dim: int | str | None) -> bool:
+        return dim is None or size == (dim if isinstance(dim, int) else symbols.setdefault(dim, size))
+
+    return fits
+
+
+def _tensor_type(kind: str, what: str) -> ir.DataType:
+    if kind not in TENSOR_TYPES:
+        raise InputError(f"the model's {what} is a {kind}; only tensors of plain types can be run")
+    return TENSOR_TYPES[kind]
+
+
+class OnnxRuntimeRunner:
+    """Runs a session on NumPy arrays in host memory. Follows `optframe.backend.Runner`."""
+
+    def __init__(self, session: Any, label: str) -> None:
+        self._open: Any = session
+        self._label = label
+        self._inputs = [
+            _Input(value.name, _tensor_type(value.type, f"input '{value.name}'"), tuple(value.shape))
+            for value in session.get_inputs()
+        ]
+        self._outputs: Sequence[str] = [value.name for value in session.get_outputs()]
+        output_types = {_tensor_type(value.type, f"output '{value.name}'") for value in session.get_outputs()}
+        self._types = output_types | {value.data_type for value in self._inputs}
+
+    @property
+    def _session(self) -> Any:
+        if self._open is None:
+            raise RuntimeError("this runner is closed")
+        return self._open
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one inference and return all outputs by name.
+
+        Raises:
+            InputError: names, dtypes or shapes of `feeds` are not those of the model, or an op fails on them.
+            EnvironmentLacks: memory does not suffice.
+        """
+        session, arrays = self._session, self._check(feeds)
+        try:
+            outputs = self._execute(session, arrays)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            text = _message(error)
+            raise _out_of_memory(Path(self._label), text) or InputError(f"{self._label} failed: {text}") from error
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def _execute(self, session: Any, arrays: Mapping[str, Array]) -> Sequence[Array]:
+        """Run on plain arrays; bfloat16 needs OrtValues, which in turn cannot hold text."""
+        if ir.DataType.BFLOAT16 not in self._types:
+            outputs: Sequence[Array] = session.run(self._outputs, arrays)
+            return outputs
+        values = session.run_with_ort_values(self._outputs, {name: _to_ort(a) for name, a in arrays.items()})
+        return [_to_numpy(value) for value in values]
+
+    def _check(self, feeds: Feeds) -> dict[str, Array]:
+        wanted = [value.name for value in self._inputs]
+        for name in feeds:
+            if name not in wanted:
+                raise unknown_name("input", name, wanted)
+        absent = [name for name in wanted if name not in feeds]
+        if absent:
+            raise InputError(f"{self._label} needs input '{absent[0]}' (it takes {', '.join(wanted)})")
+        symbols: dict[str, int] = {}
+        return {value.name: value.check(np.asarray(feeds[value.name]), symbols) for value in self._inputs}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = None
+
+
+class CudaRunner(OnnxRuntimeRunner):
+    """Runs a session on CUDA; `bind` keeps inputs and outputs on the GPU. Follows `optframe.latency.DeviceRunner`."""
+
+    device: ClassVar[str] = "cuda"
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Copy `feeds` to the GPU and return a function that runs on them and waits for the GPU.
+
+        Raises:
+            InputError: names, dtypes or shapes of `feeds` are not those of the model.
+        """
+        session, binding = self._session, self._session.io_binding()
+        for name, array in self._check(feeds).items():
+            binding.bind_ortvalue_input(name, _to_ort(array, self.device))
+        for name in self._outputs:
+            binding.bind_output(name, self.device)
+        binding.synchronize_inputs()
+
+        def step() -> None:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return step
+
+
+def _to_ort(array: Array, device: str = "cpu") -> Any:
+    """Return `array` as an OrtValue; bfloat16, which onnxruntime takes from NumPy only as bits, stays on the host."""
+    ort_value = _onnxruntime().OrtValue
+    if array.dtype == ir.DataType.BFLOAT16.numpy():
+        bits = ir.DataType.BFLOAT16.value
+        return ort_value.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), bits)
+    return ort_value.ortvalue_from_numpy(array, device)
+
+
+def _to_numpy(value: Any) -> Array:
+    """Return an OrtValue in host memory as an array; bfloat16, which onnxruntime does not convert, bit by bit."""
+    if value.data_type() != "tensor(bfloat16)":
+        array: Array = value.numpy()
+        return array
+    import ctypes
+
+    shape = tuple(value.shape())
+    count = int(np.prod(shape, dtype=np.int64))
+    bits = ctypes.string_at(value.data_ptr(), 2 * count) if count else b""
+    return np.frombuffer(bits, dtype=ir.DataType.BFLOAT16.numpy()).reshape(shape).copy()

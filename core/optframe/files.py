@@ -1,0 +1,81 @@
+"""Writing files so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from optframe.errors import EnvironmentLacks, InputError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into one line about `path`.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+        EnvironmentLacks: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind, advice = (EnvironmentLacks, "free space") if full else (InputError, "choose a folder that can be written")
+        raise kind(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` as UTF-8 to `path`, folders included, under a temporary name that is renamed at the end.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+        EnvironmentLacks: the disk is full.
+    """
+    with writing(path), _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def make_folder(path: Path) -> Path:
+    """Make the folder `path`, and prove that a file can be written into it, before hours of work go there.
+
+    Raises:
+        InputError: it cannot be made or written.
+        EnvironmentLacks: the disk is full.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a file or a folder to `target`, in whose place nothing old remains.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+        EnvironmentLacks: the disk is full.
+    """
+    with writing(target), _replacing(target) as temporary:
+        if source.is_dir():
+            shutil.copytree(source, temporary)
+        else:
+            shutil.copyfile(source, temporary)
+    return target
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a name in a temporary folder beside `path`; what is there at the end takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}.") as folder:
+        temporary = Path(folder) / "new"
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            os.replace(path, Path(folder) / "old")  # a folder cannot be renamed onto one that is not empty
+        os.replace(temporary, path)

@@ -1,0 +1,39 @@
+"""Writing files: whole, readable, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from optframe import files
+from optframe.errors import EnvironmentLacks, InputError
+
+
+def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path: Path) -> None:
+    path = files.write_text(tmp_path / "a" / "b" / "report.json", "größe → 1\n")
+    assert path.read_text(encoding="utf-8") == "größe → 1\n"
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose a folder that can be written"):
+        files.write_text(tmp_path / "file" / "report.json", "x")
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.write_text(tmp_path / "report.json", "old")
+
+    def full(source: str, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(EnvironmentLacks, match="No space left on device; free space"):
+        files.write_text(path, "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_text() == "old"
