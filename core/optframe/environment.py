@@ -99,8 +99,11 @@ def gpus() -> tuple[dict[str, str], ...]:
 
 def packages() -> dict[str, str]:
     """Return name -> version of the distributions with plugins and of what they require, as far as installed."""
-    plugins = {point.dist.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.dist}
-    names = plugins | {name for plugin in plugins for name in _requirements(plugin)} | set(OTHER_DISTRIBUTIONS)
+    plugins = [
+        d for d in metadata.distributions() if f"[{ENTRY_POINT_GROUP}]" in (d.read_text("entry_points.txt") or "")
+    ]
+    wanted = {name for plugin in plugins for name in (plugin.metadata["Name"], *_requirements(plugin)) if name}
+    names = wanted | set(OTHER_DISTRIBUTIONS)
     versions = {name: version(name) for name in sorted(names, key=str.lower)}
     return {name: found for name, found in versions.items() if found}
 
@@ -113,9 +116,9 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _requirements(distribution: str) -> list[str]:
+def _requirements(distribution: metadata.Distribution) -> list[str]:
     """Return the distributions that `distribution` requires, those for developing it left out."""
-    wanted = [text for text in metadata.requires(distribution) or [] if not re.search(r"extra == .dev.", text)]
+    wanted = [text for text in distribution.requires or [] if not re.search(r"extra == .dev.", text)]
     return [re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0] for text in wanted]
 
 

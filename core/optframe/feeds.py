@@ -133,7 +133,8 @@ def input_shapes(feeds: Feeds) -> dict[str, list[int]]:
 
 def save_samples(path: Path, samples: Sequence[Mapping[str, Array]]) -> None:
     """Write inputs or outputs of several inferences to one `.npz` file; `load_samples` reads them back."""
-    np.savez(path, **{f"{i}/{name}": array for i, sample in enumerate(samples) for name, array in sample.items()})
+    arrays: dict[str, Any] = {f"{i}/{name}": array for i, sample in enumerate(samples) for name, array in sample.items()}
+    np.savez(path, **arrays)
 
 
 def load_samples(path: Path) -> list[dict[str, Array]]:

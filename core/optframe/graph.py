@@ -6,14 +6,18 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from optframe import files
 from optframe.errors import InputError
+
+OpId: TypeAlias = tuple[str, str, str]
+"""Domain, op type and overload, as a node names its op and as a function is found."""
 
 ONNX_DOMAINS = ("", "ai.onnx")
 EXTERNAL_THRESHOLD_BYTES = 1 << 31
@@ -116,20 +120,28 @@ def op_histogram(model: ir.Model, kernel_ops: Collection[str] = ()) -> Counter[s
     Constant nodes are left out, nodes of subgraphs counted. A call of a model-local function counts as one node where
     its `domain::name` is among `kernel_ops` (it has a kernel); otherwise the nodes of its body are counted instead.
     """
+    functions = {identifier: _op_ids(function.all_nodes()) for identifier, function in model.functions.items()}
+    return count_ops(_op_ids(model.graph.all_nodes()), functions, kernel_ops)
+
+
+def _op_ids(nodes: Iterable[ir.Node]) -> list[OpId]:
+    return [node.op_identifier() for node in nodes]
+
+
+def count_ops(
+    ops: Iterable[OpId], functions: Mapping[OpId, Iterable[OpId]], kernel_ops: Collection[str]
+) -> Counter[str]:
+    """Return op type -> count for a graph given by its `ops`, subgraphs included; see `op_histogram`."""
     counts: Counter[str] = Counter()
-    _count_into(counts, model, model.graph.all_nodes(), frozenset(kernel_ops))
+    for identifier, number in Counter(ops).items():
+        domain, op_type, _ = identifier
+        name = op_type if domain in ONNX_DOMAINS else f"{domain}::{op_type}"
+        if identifier in functions and f"{domain}::{op_type}" not in kernel_ops:
+            body = count_ops(functions[identifier], functions, kernel_ops)
+            counts.update({inner: number * count for inner, count in body.items()})
+        elif name != "Constant":
+            counts[name] += number
     return counts
-
-
-def _count_into(counts: Counter[str], model: ir.Model, nodes: Iterator[ir.Node], kernels: frozenset[str]) -> None:
-    for node in nodes:
-        if node.domain in ONNX_DOMAINS and node.op_type == "Constant":
-            continue
-        function = model.functions.get(node.op_identifier())
-        if function is not None and f"{node.domain}::{node.op_type}" not in kernels:
-            _count_into(counts, model, function.all_nodes(), kernels)
-        else:
-            counts[node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"] += 1
 
 
 def count_nodes(model: ir.Model, kernel_ops: Collection[str] = ()) -> int:

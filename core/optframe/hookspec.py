@@ -85,7 +85,7 @@ def optframe_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def optframe_stage_started(stage: str, options: Mapping[str, Any]) -> None:
-    """Observe that `stage` ("export", "optimize", ...) begins, with its options. Return nothing.
+    """Observe that `stage` ("export", "optimize", ...) begins, with its `options`. Return nothing.
 
     Example:
         print(f"{stage} ...")

@@ -6,9 +6,8 @@ import difflib
 import inspect
 import re
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import pluggy
 
 from optframe import hookspec
-from optframe.errors import PluginError, unknown_name
+from optframe.errors import PluginError, describe, unknown_name
 from optframe.hookspec import PROJECT
 from optframe.types import BackendSpec, CalibratorSpec, CommandSpec, ModelSpec, OpSpec, PassSpec, PipelineSpec
 
 if TYPE_CHECKING:
-    from optframe.gate import PassRecord
+    from optframe.records import PassRecord
 
 Spec = ModelSpec | PassSpec | PipelineSpec | OpSpec | CalibratorSpec | BackendSpec | CommandSpec
 SpecT = TypeVar("SpecT", bound=Spec, covariant=True)
@@ -132,14 +131,10 @@ class PluginHost:
         if name not in self._plugins:
             raise unknown_name("plugin", name, self._plugins)
         plugin = self._plugins[name]
-        target = plugin.target
-        module_name = target.__name__ if isinstance(target, ModuleType) else type(target).__module__
-        for end in [match.start() for match in re.finditer(r"\.|$", module_name)]:
-            module = sys.modules.get(module_name[:end])
-            if target is not None and module is not None and getattr(module, "__file__", None):
-                file = Path(str(module.__file__))
-                return file.parent if hasattr(module, "__path__") else file
-        raise PluginError(f"{plugin.blame} is {plugin.state} and has no files")
+        root = _source(plugin.target) if plugin.target is not None else None
+        if root is None:
+            raise PluginError(f"{plugin.blame} is {plugin.state} and has no files")
+        return root
 
     def models(self) -> list[Contribution[ModelSpec]]:
         """Collect `optframe_models`."""
@@ -201,12 +196,12 @@ class PluginHost:
         try:
             target = point.load()
         except PLUGIN_ERRORS as error:
-            self._fail(owner, f"cannot import '{point.value}': {_describe(error)}", error)
+            self._fail(owner, f"cannot import '{point.value}': {describe(error)}", error)
             return
         if isinstance(target, ModuleType):
             self._add(owner, target)
         else:
-            self._fail(owner, f"its entry point '{point.value}' names no module but an object of {type(target)}")
+            self._fail(owner, f"its entry point '{point.value}' names {_a_type(target)}, not a module")
 
     def _fail(self, owner: Owner, message: str, error: BaseException | None = None) -> None:
         self._plugins[owner.plugin] = Plugin(**vars(owner), state="failed")
@@ -215,9 +210,10 @@ class PluginHost:
     def _add(self, owner: Owner, target: object) -> None:
         try:
             self._manager.register(target, owner.plugin)
-        except pluggy.PluginValidationError as error:  # an implementation takes arguments that its hook has not
-            self._manager.unregister(name=owner.plugin)
-            self._fail(owner, "; ".join(str(error).splitlines()), error)
+        except Exception as error:  # such as arguments that a hook has not, or a module registered under two names
+            if self._manager.has_plugin(owner.plugin):
+                self._manager.unregister(name=owner.plugin)
+            self._fail(owner, f"cannot register it: {'; '.join(str(error).splitlines())}", error)
             return
         self._plugins[owner.plugin] = Plugin(**vars(owner), state="loaded", target=target)
         self._check_implementations(owner, target)
@@ -264,14 +260,14 @@ class PluginHost:
                 else:
                     yield spec
         except PLUGIN_ERRORS as error:  # a generator raises only here, while it is read
-            self._report(owner, hook, f"raised {_describe(error)}", error)
+            self._report(owner, hook, f"raised {describe(error)}", error)
 
     def _notify(self, hook: str, **arguments: object) -> None:
         for impl in self._implementations(hook):
             try:
                 impl.function(*(arguments[name] for name in impl.argnames))
             except PLUGIN_ERRORS as error:
-                self._report(self._plugins[impl.plugin_name], hook, f"raised {_describe(error)}", error)
+                self._report(self._plugins[impl.plugin_name], hook, f"raised {describe(error)}", error)
 
     def _report(self, owner: Owner, hook: str | None, message: str, error: BaseException | None = None) -> None:
         problem = PluginProblem(owner.plugin, owner.distribution, owner.version, hook, message, error)
@@ -279,35 +275,56 @@ class PluginHost:
             self._problems.append(problem)
 
 
-def _entry_points(report: Any) -> Iterator[tuple[metadata.EntryPoint, Owner]]:
+def _entry_points(report: Callable[[Owner, None, str, Exception], None]) -> Iterator[tuple[metadata.EntryPoint, Owner]]:
     """Yield the entry points of the group; a distribution with a damaged list is reported and costs no other one."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
         try:
             if f"[{PROJECT}]" not in (distribution.read_text("entry_points.txt") or ""):
                 continue  # spares the parsing of every other distribution's metadata
-            name, version = distribution.metadata["Name"], distribution.version
-            points = distribution.entry_points.select(group=PROJECT)
+            points = list(distribution.entry_points.select(group=PROJECT))
         except Exception as error:
-            report(Owner("?", str(distribution), "?"), None, f"its entry points cannot be read: {_describe(error)}", error)
+            report(_identity(distribution, None), None, f"its entry points cannot be read: {describe(error)}", error)
             continue
-        if _normal(name) not in seen:  # the first on sys.path is the one that imports find
-            seen.add(_normal(name))
-            yield from ((point, Owner(point.name, name, version)) for point in points)
+        owners = [_identity(distribution, point.name) for point in points]
+        if owners and _normal(owners[0].distribution) not in seen:  # imports find the first on sys.path
+            seen.add(_normal(owners[0].distribution))
+            yield from zip(points, owners, strict=True)
+
+
+def _identity(distribution: metadata.Distribution, plugin: str | None) -> Owner:
+    """Return whose `plugin` is, as far as the distribution's metadata are there; without one it goes by its own."""
+    try:
+        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+    except Exception:  # which type depends on the version of Python
+        name, version = None, None
+    name = name or f"unknown distribution in {distribution.locate_file('')}"
+    return Owner(plugin or name, name, version or "?")
 
 
 def _normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+def _source(target: object) -> Path | None:
+    """Return the folder of the outermost package around a module or an object's class, or its file, if any."""
+    parts = (target.__name__ if isinstance(target, ModuleType) else type(target).__module__).split(".")
+    for end in range(1, len(parts) + 1):
+        module = sys.modules.get(".".join(parts[:end]))
+        file = getattr(module, "__file__", None)
+        if file:  # namespace packages have none
+            return Path(file).parent if hasattr(module, "__path__") else Path(file)
+    return None
+
+
 def _unmarked_hooks(target: object) -> list[str]:
     """Return the names of functions that begin as hooks do but carry neither marker."""
-    functions = inspect.getmembers(target, inspect.isroutine)
+    markers = (f"{PROJECT}_impl", f"{PROJECT}_spec")
+    members = {name: inspect.getattr_static(target, name) for name in dir(target) if name.startswith(f"{PROJECT}_")}
     return [
         name
-        for name, function in functions
-        if name.startswith(f"{PROJECT}_") and not hasattr(function, f"{PROJECT}_impl")
-        if not hasattr(function, f"{PROJECT}_spec")
+        for name, member in members.items()
+        if inspect.isroutine(member) and not any(hasattr(member, marker) for marker in markers)
     ]
 
 
@@ -332,11 +349,3 @@ def _flaw(spec: Spec) -> str | None:
 
 def _a_type(value: object) -> str:
     return "None" if value is None else f"an object of type {type(value).__name__}"
-
-
-def _describe(error: BaseException) -> str:
-    """Return type and first line of `error`, and the file and line it came from."""
-    text = (str(error).splitlines() or [""])[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -8,10 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import onnx_ir as ir
-
 from optframe import feeds, graph
-from optframe.backend import BuildOptions, Engine
+from optframe.backend import Engine
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.errors import InputError
 from optframe.types import Feeds, Illustration, Outputs
@@ -19,7 +17,7 @@ from optframe.types import Feeds, Illustration, Outputs
 
 @dataclass(frozen=True)
 class OnnxFileOptions:
-    """`path` of the ONNX file; `inputs`: an `.npz` file of real inputs, the last sample of which calibration never sees."""
+    """`path` of the ONNX file; `inputs`: an `.npz` file of real inputs, the last of which calibration never sees."""
 
     path: Path
     inputs: Path | None = None
@@ -71,7 +69,7 @@ class OnnxFileModel:
             InputError: there is no inputs file.
         """
         if not self._samples:
-            raise InputError("int8 needs data to calibrate on: pass --inputs FILE.npz, or leave int8 out of --precision")
+            raise InputError("int8 needs data to calibrate on: pass --inputs FILE.npz, or --precision fp32,fp16")
         return self._samples[:-1] or self._samples
 
     def reference(self, feeds: Feeds) -> Outputs:

@@ -95,14 +95,20 @@ class PassContext:
 
     def stamp(self, new_nodes: Iterable[ir.Node], origin: Sequence[ir.Node]) -> None:
         """Record on each of `new_nodes` that this pass made it from the nodes of `origin`."""
-        merged = merge_provenance([node.metadata_props for node in origin], [node.name or "" for node in origin])
+        merged = provenance(
+            self.pass_name, [node.metadata_props for node in origin], [node.name or "" for node in origin]
+        )
         for node in new_nodes:
             for key, value in merged.items():
                 node.metadata_props.setdefault(key, value)
-            made_by = [name for name in merged.get(PASS_KEY, "").split(",") if name]
-            if self.pass_name not in made_by:
-                made_by.append(self.pass_name)
-            node.metadata_props[PASS_KEY] = ",".join(made_by)
+            node.metadata_props[PASS_KEY] = merged[PASS_KEY]
+
+
+def provenance(pass_name: str, metadata: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, str]:
+    """Return the provenance metadata of a node that pass `pass_name` made; see `merge_provenance`."""
+    merged = merge_provenance(metadata, names)
+    made_by = [*filter(None, merged.get(PASS_KEY, "").split(",")), pass_name]
+    return {**merged, PASS_KEY: ",".join(dict.fromkeys(made_by))}
 
 
 def merge_provenance(metadata: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, str]:

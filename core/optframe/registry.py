@@ -1,13 +1,18 @@
-"""Names and what they stand for: everything that plugins contributed, by name, with what is wrong with it."""
+"""Names and what they stand for: everything that plugins contributed, and whom to blame where it does not load."""
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from optframe.commands import BUILTIN_COMMANDS
-from optframe.errors import InputError, PluginError, unknown_name
-from optframe.host import Contribution, PluginHost, PluginProblem, Spec
+from optframe.errors import InputError, PluginError, describe, unknown_name
+from optframe.host import PLUGIN_ERRORS, Contribution, PluginHost, PluginProblem, Spec
+from optframe.pass_options import option_default
+from optframe.passes import GraphPass
 from optframe.types import (
     BackendSpec,
     CalibratorSpec,
@@ -22,10 +27,16 @@ from optframe.types import (
 
 if TYPE_CHECKING:
     from optframe.backend import Backend
-    from optframe.passes import GraphPass
 
 SpecT = TypeVar("SpecT", bound=Spec)
 Kind = Literal["model", "pass", "pipeline", "op", "calibrator", "backend", "command"]
+
+ADAPTER_MEMBERS = (
+    "Options",
+    *(name for name, value in vars(ModelAdapter).items() if inspect.isfunction(value) and name[0] != "_"),
+)
+BACKEND_MEMBERS = ("missing", "versions", "build", "open")
+OWN_COMMANDS = frozenset(spec.name for spec in BUILTIN_COMMANDS)
 
 KINDS: Mapping[type, Kind] = {
     ModelSpec: "model",
@@ -36,3 +47,230 @@ KINDS: Mapping[type, Kind] = {
     BackendSpec: "backend",
     CommandSpec: "command",
 }
+
+
+def kind_of(spec: Spec) -> Kind:
+    """Return what `spec` is a spec of; it may be an instance of a subclass."""
+    return next(kind for cls, kind in KINDS.items() if isinstance(spec, cls))
+
+
+def identifier(spec: Spec) -> str:
+    """Return the name that `spec` is looked up by: `domain::name` for an op."""
+    return spec.identifier if isinstance(spec, OpSpec) else spec.name
+
+
+class _Names(Generic[SpecT]):
+    """One name space. A name claimed twice stands for neither claim, so that order never matters."""
+
+    def __init__(self, kind: str, claims: Iterable[Contribution[SpecT]]) -> None:
+        self.kind = kind
+        by_name: defaultdict[str, list[Contribution[SpecT]]] = defaultdict(list)
+        for claim in claims:
+            by_name[identifier(claim.spec)].append(claim)
+        self.known = {name: claims[0] for name, claims in sorted(by_name.items()) if len(claims) == 1}
+        self.clashes = {name: claims for name, claims in sorted(by_name.items()) if len(claims) > 1}
+
+    def find(self, name: str) -> Contribution[SpecT]:
+        if name in self.clashes:
+            raise PluginError(self.clash(name))
+        if name not in self.known:
+            raise unknown_name(self.kind, name, self.known)
+        return self.known[name]
+
+    def clash(self, name: str) -> str:
+        """Return the sentence on a name that is claimed twice."""
+        claims = sorted({claim.blame for claim in self.clashes[name]})
+        if len(claims) == 1:
+            return f"{self.kind} '{name}' is claimed twice by {claims[0]}; neither is used"
+        remedy = "disable one with --disable-plugin"
+        return f"{self.kind} '{name}' is claimed by {' and by '.join(claims)}; none is used, {remedy}"
+
+    def problems(self) -> list[PluginProblem]:
+        firsts = {name: min(claims, key=lambda claim: claim.plugin) for name, claims in self.clashes.items()}
+        return [
+            PluginProblem(first.plugin, first.distribution, first.version, None, self.clash(name))
+            for name, first in firsts.items()
+        ]
+
+
+class Registry:
+    """Looks up by name what the plugins of `host` contribute; takes their contributions once, when made.
+
+    Every look-up of a name that nobody registered raises InputError with a suggestion; of one that was claimed twice,
+    or whose target does not load or is not what it should be, PluginError with plugin, distribution and version.
+    """
+
+    def __init__(self, host: PluginHost) -> None:
+        self.host = host
+        steps: list[Contribution[PassSpec] | Contribution[PipelineSpec]] = [*host.passes(), *host.pipelines()]
+        self._models = _Names("model", host.models())
+        self._steps = _Names[PassSpec | PipelineSpec]("pass or pipeline", steps)
+        self._ops = _Names("op", host.ops())
+        self._calibrators = _Names("calibrator", host.calibrators())
+        self._backends = _Names("backend", host.backends())
+        commands = host.commands()
+        self._commands = _Names("command", [claim for claim in commands if claim.spec.name not in OWN_COMMANDS])
+        self._reserved = [_reserved(claim) for claim in commands if claim.spec.name in OWN_COMMANDS]
+        self._names: Mapping[Kind, _Names[Any]] = {
+            "model": self._models,
+            "pass": self._steps,
+            "pipeline": self._steps,
+            "op": self._ops,
+            "calibrator": self._calibrators,
+            "backend": self._backends,
+            "command": self._commands,
+        }
+
+    @property
+    def problems(self) -> list[PluginProblem]:
+        """The host's problems, and the names that were claimed twice or are not free."""
+        tables = {id(names): names for names in self._names.values()}.values()
+        return [*self.host.problems, *self._reserved, *(problem for names in tables for problem in names.problems())]
+
+    def contribution(self, kind: Kind, name: str) -> Contribution[Any]:
+        """Return the contribution of `kind` called `name`, which says whose it is."""
+        claim = self._names[kind].find(name)
+        actual = kind_of(claim.spec)
+        if actual != kind:
+            raise InputError(f"'{name}' is a {actual}, not a {kind}")
+        return claim
+
+    def contributions(self) -> list[Contribution[Any]]:
+        """Return all usable contributions, by kind and name."""
+        return [claim for kind in self._names for claim in self._known(kind)]
+
+    def model(self, name: str) -> ModelSpec:
+        """Return the spec of model `name`."""
+        return self._models.find(name).spec
+
+    def models(self) -> list[ModelSpec]:
+        """Return all models, sorted by name."""
+        return [claim.spec for claim in self._known("model")]
+
+    def load_model(self, name: str) -> type[ModelAdapter]:
+        """Import and return the adapter class of model `name`."""
+        adapter: type[ModelAdapter] = self._load("model", name, ADAPTER_MEMBERS)
+        return adapter
+
+    def step(self, name: str) -> PassSpec | PipelineSpec:
+        """Return what `name` stands for in a pipeline's text: passes and pipelines share one name space."""
+        return self._steps.find(name).spec
+
+    def passes(self) -> list[PassSpec]:
+        """Return all passes, sorted by name."""
+        return [claim.spec for claim in self._known("pass")]
+
+    def load_pass(self, name: str) -> type[GraphPass]:
+        """Import and return the class of pass `name`."""
+        claim = self.contribution("pass", name)
+        loaded = self._load("pass", name)
+        if not (isinstance(loaded, type) and issubclass(loaded, GraphPass)):
+            raise PluginError(f"{_what(claim)}: {claim.spec.target} is no subclass of GraphPass")
+        flaw = _pass_flaw(loaded, name)
+        if flaw:
+            raise PluginError(f"{_what(claim)}: {loaded.__qualname__} {flaw}")
+        return loaded
+
+    def pipeline(self, name: str) -> PipelineSpec:
+        """Return pipeline `name`."""
+        spec: PipelineSpec = self.contribution("pipeline", name).spec
+        return spec
+
+    def pipelines(self) -> list[PipelineSpec]:
+        """Return all pipelines, sorted by name."""
+        return [claim.spec for claim in self._known("pipeline")]
+
+    def op(self, identifier: str) -> OpSpec:
+        """Return the op `domain::name`."""
+        return self._ops.find(identifier).spec
+
+    def ops(self) -> Mapping[str, OpSpec]:
+        """Return all ops by identifier, sorted."""
+        return {claim.spec.identifier: claim.spec for claim in self._known("op")}
+
+    def kernel_ops(self) -> frozenset[str]:
+        """Return the identifiers of the ops that have a kernel, and so count as one node."""
+        return frozenset(identifier for identifier, spec in self.ops().items() if spec.kernel is not None)
+
+    def calibrator(self, name: str) -> CalibratorSpec:
+        """Return the spec of calibrator `name`."""
+        return self._calibrators.find(name).spec
+
+    def calibrators(self) -> list[CalibratorSpec]:
+        """Return all calibrators, sorted by name."""
+        return [claim.spec for claim in self._known("calibrator")]
+
+    def load_calibrator(self, name: str) -> Any:
+        """Import and return the calibrator class `name`."""
+        return self._load("calibrator", name)
+
+    def backend(self, name: str) -> BackendSpec:
+        """Return the spec of backend `name`."""
+        return self._backends.find(name).spec
+
+    def backends(self) -> list[BackendSpec]:
+        """Return all backends, sorted by name."""
+        return [claim.spec for claim in self._known("backend")]
+
+    def load_backend(self, name: str) -> Backend:
+        """Import backend `name` and return an instance; it need not work here, see its `missing()`."""
+        claim = self.contribution("backend", name)
+        factory = self._load("backend", name, BACKEND_MEMBERS)
+        try:
+            backend: Backend = factory()
+        except PLUGIN_ERRORS as error:
+            raise PluginError(f"{_what(claim)}: {factory.__qualname__}() raised {describe(error)}") from error
+        if backend.name != name:
+            raise PluginError(f"{_what(claim)}: {factory.__qualname__}.name is {backend.name!r}")
+        return backend
+
+    def command(self, name: str) -> CommandSpec:
+        """Return the command `name` that a plugin added; optframe's own are in `optframe.commands`."""
+        return self._commands.find(name).spec
+
+    def commands(self) -> list[CommandSpec]:
+        """Return all commands that plugins added, sorted by name."""
+        return [claim.spec for claim in self._known("command")]
+
+    def load_command(self, name: str) -> Any:
+        """Import and return the function, or the `typer.Typer`, of command `name`."""
+        return self._load("command", name)
+
+    def _known(self, kind: Kind) -> list[Contribution[Any]]:
+        return [claim for claim in self._names[kind].known.values() if kind_of(claim.spec) == kind]
+
+    def _load(self, kind: Kind, name: str, members: Collection[str] = ()) -> Any:
+        """Import the target of `kind` and `name`, and see that it has `members`."""
+        claim = self.contribution(kind, name)
+        try:
+            target = load_target(claim.spec.target)
+        except PluginError as error:
+            raise PluginError(f"{_what(claim)}: {error}") from error
+        lacking = [member for member in members if not hasattr(target, member)]
+        if lacking:
+            raise PluginError(f"{_what(claim)}: {claim.spec.target} lacks {', '.join(lacking)}")
+        return target
+
+
+def default_registry(disabled: Collection[str] = ()) -> Registry:
+    """Return the registry of the installed plugins, those named in `disabled` left out."""
+    return Registry(PluginHost(disabled))
+
+
+def _what(claim: Contribution[Any]) -> str:
+    return f"{kind_of(claim.spec)} '{identifier(claim.spec)}' of {claim.blame}"
+
+
+def _pass_flaw(cls: type[GraphPass], name: str) -> str | None:
+    """Return what `cls` must have to be pass `name` and has not, or None."""
+    if inspect.isabstract(cls):
+        return "has no method run"
+    if getattr(cls, "name", None) != name:
+        return f"has the name {getattr(cls, 'name', None)!r}, not {name!r}"
+    required = [field.name for field in fields(cls) if field.init and option_default(field) is MISSING]
+    return f"has options without a default: {', '.join(required)}" if required else None
+
+
+def _reserved(claim: Contribution[CommandSpec]) -> PluginProblem:
+    message = f"command '{claim.spec.name}' is optframe's own; choose another name"
+    return PluginProblem(claim.plugin, claim.distribution, claim.version, "optframe_commands", message)

@@ -28,7 +28,7 @@ class StageObserver(Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """A package that does a stage's work: its folder and its distribution; both are part of the cache key."""
+    """A package or module that does a stage's work, and its distribution, "" for one registered in process."""
 
     root: Path
     distribution: str
@@ -128,18 +128,20 @@ def hash_path(path: Path) -> str:
 
 @functools.cache
 def tree_hash(root: Path) -> str:
-    """Return the hash of a package's files, computed once a process: running code does not change under itself."""
-    return hash_tree(root)
+    """Return the hash of a package's or module's files, computed once: running code does not change under itself."""
+    return hash_path(root)
 
 
 @functools.cache
 def library_versions(distribution: str) -> tuple[tuple[str, str], ...]:
     """Return (name, version) of `distribution` and of those of its direct requirements that are installed."""
+    if not distribution:  # a plugin registered in process
+        return ()
     found: dict[str, str] = {}
     try:
         found[distribution] = metadata.version(distribution)
         requirements = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:  # a plugin registered in-process, without a distribution
+    except metadata.PackageNotFoundError:
         return ()
     for requirement in requirements:
         name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]

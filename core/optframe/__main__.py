@@ -1,0 +1,7 @@
+"""`python -m optframe`."""
+
+import sys
+
+from optframe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,91 @@
+"""`optframe doctor`: what this machine offers, which backends work on it, and the commands that mend the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from optframe import environment
+from optframe.commands.plugins import problem_facts, problem_table, wrapping_table
+from optframe.errors import EnvironmentLacks, OptframeError, describe
+
+if TYPE_CHECKING:
+    from optframe.registry import Registry
+    from optframe.session import Session
+
+NEEDED_BACKEND = "onnxruntime"
+"""The backend that verification runs on: without it nothing works."""
+
+
+def doctor(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say what works on this machine: Python, libraries, GPU, each backend, each plugin; and what mends the rest.
+
+    Exit status 0 if the backend onnxruntime works, on which everything is verified, else 3.
+    """
+    session: Session = context.obj
+    backends = backend_facts(session.quiet_registry)
+    facts = {**environment.describe(), "backends": backends}
+    problems = session.take_problems()
+    if json:
+        session.print_json({**facts, "problems": [problem_facts(problem) for problem in problems]})
+    else:
+        session.console.print(_machine_table(facts), _library_table(facts), _backend_table(backends))
+        if problems:
+            session.console.print(problem_table(problems))
+    if not any(backend["name"] == NEEDED_BACKEND and backend["works"] for backend in backends):
+        raise EnvironmentLacks(f"backend {NEEDED_BACKEND}, which verifies everything, does not work here: see above")
+
+
+def backend_facts(registry: Registry) -> list[dict[str, Any]]:
+    """Return for each registered backend whether it works here, and if not, what is missing and what mends it."""
+    missing = {spec.name: _missing(registry, spec.name) for spec in registry.backends()}
+    return [{"name": name, "works": lack is None, "missing": lack} for name, lack in missing.items()]
+
+
+def _missing(registry: Registry, name: str) -> str | None:
+    try:
+        return registry.load_backend(name).missing()
+    except OptframeError as error:
+        return str(error)
+    except Exception as error:  # of a stranger's backend; the others still want to be heard
+        return f"its check raised {describe(error)}; tell the authors of {registry.contribution('backend', name).blame}"
+
+
+def _machine_table(facts: dict[str, Any]) -> Table:
+    cpu, memory = facts["cpu"], facts["memory_gb"]
+    rows = {
+        "platform": facts["platform"],
+        "Python": facts["python"],
+        "CPU": f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads",
+        "memory": f"{memory} GB" if memory else "unknown",
+        "GPU": "\n".join(map(_gpu, facts["gpus"])) or "none that nvidia-smi knows of",
+    }
+    table = wrapping_table("This machine", "", "", show_header=False)
+    for row in rows.items():
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _gpu(gpu: dict[str, str]) -> str:
+    described = "{name}, {memory}, compute capability {compute_cap}, driver {driver_version}"
+    return described.format(memory=gpu["memory.total"], **gpu)
+
+
+def _library_table(facts: dict[str, Any]) -> Table:
+    table = wrapping_table("Libraries", "name", "version")
+    for row in facts["packages"].items():
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _backend_table(backends: list[dict[str, Any]]) -> Table:
+    table = wrapping_table("Backends", "name", "works here", "what is missing, and what mends it")
+    for backend in backends:
+        table.add_row(*map(escape, (backend["name"], "yes" if backend["works"] else "no", backend["missing"] or "")))
+    return table

@@ -1,0 +1,170 @@
+"""`optframe run`: from a model to checked engines and a report, in one command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from optframe import api
+from optframe.commands import options as shared
+from optframe.commands.progress import Progress
+from optframe.errors import CheckFailed, InputError
+from optframe.pass_options import Word, read_value
+from optframe.report import RunReport, all_warnings, summary_lines, summary_table
+from optframe.session import Session
+from optframe.stages import RunRequest
+from optframe.store import Store
+
+if TYPE_CHECKING:
+    from optframe.registry import Registry
+
+MODEL_PANEL = "The model"
+GRAPH_PANEL = "Graph and precision"
+OUTPUT_PANEL = "Engine and output"
+
+
+def run(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, or the path of an ONNX file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights; never executes code.", rich_help_panel=MODEL_PANEL)
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Which of its variants.", rich_help_panel=MODEL_PANEL)] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="NxCxHxW", help="Input shape.", rich_help_panel=MODEL_PANEL)
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset to export.", rich_help_panel=MODEL_PANEL)] = None,
+    exporter: Annotated[str | None, typer.Option(help="torchscript or dynamo.", rich_help_panel=MODEL_PANEL)] = None,
+    mask: Annotated[
+        bool, typer.Option("--mask", help="With a padding mask as second input.", rich_help_panel=MODEL_PANEL)
+    ] = False,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="With free batch, height and width.", rich_help_panel=MODEL_PANEL)
+    ] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="An image or a folder to measure on.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    calibration_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images for INT8 ranges.", rich_help_panel=MODEL_PANEL)
+    ] = None,
+    inputs: shared.Inputs = None,
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option("--model-option", metavar="NAME=VALUE", help="Another option of it.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="LIST", help="Of fp32, fp16, int8.", rich_help_panel=GRAPH_PANEL)
+    ] = "fp32,fp16,int8",
+    pipeline: shared.Pipeline = None,
+    verify: shared.Verify = "each",
+    stop_after: shared.StopAfter = None,
+    dump: shared.Dump = None,
+    calibrator: Annotated[
+        str, typer.Option(metavar="NAME", help="How INT8 ranges are chosen.", rich_help_panel=GRAPH_PANEL)
+    ] = "entropy",
+    int8_keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Nodes to leave out of INT8.", rich_help_panel=GRAPH_PANEL),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="LIST", help="What builds and runs engines.", rich_help_panel=OUTPUT_PANEL)
+    ] = "onnxruntime",
+    backend_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the backend.", rich_help_panel=OUTPUT_PANEL),
+    ] = None,
+    device: shared.Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: runs/MODEL.", rich_help_panel=OUTPUT_PANEL)
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Reuse what did not change.", rich_help_panel=OUTPUT_PANEL)
+    ] = True,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Export, optimise, convert, build, verify and time MODEL; write report.html, report.json and engines to --out."""
+    session: Session = context.obj
+    chosen = {
+        "checkpoint": checkpoint,
+        "variant": variant,
+        "shape": shared.read_shape(shape) if shape else None,
+        "opset": opset,
+        "exporter": exporter,
+        "mask": mask or None,
+        "dynamic": dynamic or None,
+        "images": images,
+        "calibration_images": calibration_images,
+        "inputs": inputs,
+    }
+    options = {name: value for name, value in chosen.items() if value is not None}
+    options |= read_model_options(shared.read_pairs(model_option, "--model-option"), model, session.registry)
+    request = RunRequest(
+        precisions=shared.read_precisions(precision),
+        backends=shared.split(backend),
+        pipeline=pipeline,
+        calibrator=calibrator,
+        keep=tuple(int8_keep or ()),
+        verify=verify,
+        stop_after=stop_after,
+        dump=dump is not None,
+        device=device,
+        backend_options=shared.read_pairs(backend_option, "--backend-option"),
+    )
+    target = out or Path("runs") / Path(model).stem
+    with Progress(session).observing():
+        report = api.run(
+            model,
+            options=options,
+            request=request,
+            out=target,
+            dump=dump,
+            store=Store() if cache else None,
+            registry=session.registry,
+            command=shlex.join(["optframe", *sys.argv[1:]]),
+        )
+    show(session, report, target, as_json)
+    if not report.passed:
+        raise CheckFailed(f"a check failed, see the warnings above and {target / 'report.html'}")
+
+
+def read_model_options(texts: dict[str, str], model: str, registry: Registry) -> dict[str, Any]:
+    """Return `--model-option` values with the types of the model's options; unknown names are left to the API.
+
+    Raises:
+        InputError: a value is not of its option's type.
+    """
+    if not texts or Path(model).suffix == api.ONNX_SUFFIX:
+        return dict(texts)
+    kinds = get_type_hints(registry.load_model(model).Options)
+    return {name: _read(name, kinds[name], text) if name in kinds else text for name, text in texts.items()}
+
+
+def _read(name: str, kind: Any, text: str) -> Any:
+    if Path in (kind, *get_args(kind)):
+        return Path(text)
+    if get_origin(kind) is tuple:
+        return shared.read_shape(text)
+    try:
+        return read_value(kind, Word(text, quoted=False, column=1))
+    except ValueError as error:
+        raise InputError(f"--model-option {name} {error}") from error
+
+
+def show(session: Session, report: RunReport, target: Path, as_json: bool) -> None:
+    """Print what a run gave: JSON for a script, or the table with its verdict and warnings."""
+    if as_json:
+        from optframe.report import to_json
+
+        session.print_json(to_json(report))
+        return
+    session.console.print(summary_table(report))
+    for line in summary_lines(report):
+        session.console.print(line, markup=False, highlight=False)
+    for warning in all_warnings(report):
+        session.warn(warning)
+    session.console.print(f"report: {target / 'report.html'}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,155 @@
+"""Optimising a model: a pipeline is run, and what it does is verified as the caller asks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import onnx_ir as ir
+
+from optframe import feeds as feeds_module
+from optframe import graph
+from optframe.errors import CheckFailed, InputError, OptframeError, describe, unknown_name
+from optframe.exchange import Exchange
+from optframe.execution import Ledger, Plan, execute
+from optframe.numerics import EQUAL
+from optframe.passes import GraphPass
+from optframe.pipeline import Pipeline
+from optframe.records import OptimizeResult, PassRecord, Verified
+from optframe.snapshot import Snapshot
+from optframe.stepwise import Gate
+from optframe.structure import wiring_problem
+from optframe.types import Feeds, OpSpec
+from optframe.verify import Verifier
+from optframe.worker import Worker
+from optframe.workpiece import Workpiece
+
+__all__ = ["OptimizeResult", "PassRecord", "Verified", "Verify", "optimize"]
+
+Verify: TypeAlias = Literal["each", "end", "off"]
+
+
+def optimize(
+    model: ir.Model,
+    pipeline: Pipeline,
+    *,
+    ops: Mapping[str, OpSpec] | None = None,
+    verify: Verify = "each",
+    inputs: Sequence[Feeds] = (),
+    random_inputs: Callable[[int], Feeds] | None = None,
+    dump: Path | None = None,
+    stop_after: str | None = None,
+    reproducer_folder: Path | None = None,
+    limit: int | None = None,
+    on_pass: Callable[[PassRecord], None] | None = None,
+    worker_command: Sequence[str] | None = None,
+) -> OptimizeResult:
+    """Run `pipeline` on `model`, which it may change, and return the result.
+
+    `verify`: "each" compares after each pass and rolls back what broke the model; "end" compares the whole model once
+    at the end, and where it differs starts over with "each", to go without the pass that did it; "off" compares
+    nothing. Comparisons use `inputs` and random ones, which `random_inputs` draws from a seed (by default from the
+    types that the model declares). `dump` takes the model after each pass that changed it, as `NN-pass.onnx`;
+    `reproducer_folder` takes a folder for each pass that was rolled back. The pipeline ends after the first pass called
+    `stop_after`, and passes make at most `limit` rewrites in all. `on_pass` is called with each record once it is
+    final. `worker_command` replaces the worker process, for tests.
+
+    Raises:
+        InputError: the model is wired wrongly, a pass cannot be used on it, or no pass is called `stop_after`.
+        CheckFailed: a pass raised while nothing was verified, or the result differs although no pass alone did.
+    """
+    problem = wiring_problem(model)
+    if problem:
+        raise InputError(f"the model is invalid: {problem}")
+    plan = Plan(
+        steps=_until(pipeline.steps, stop_after),
+        ops=ops or {},
+        inputs=inputs,
+        random_inputs=random_inputs,
+        dump=dump,
+        reproducer_folder=reproducer_folder,
+        limit=limit,
+        on_pass=on_pass,
+        worker_command=worker_command,
+    )
+    if verify == "off":
+        ledger = Ledger(plan)
+        return ledger.result(_run_all(plan, model, ledger), None)
+    original = Snapshot.take(model)
+    with _verifier(plan, original) as verifier:
+        if verify == "each":
+            return _verify_each(plan, original, verifier)
+        return _verify_end(plan, model, original, verifier)
+
+
+def _until(steps: Sequence[GraphPass], stop_after: str | None) -> Sequence[GraphPass]:
+    names = [step.name for step in steps]
+    if stop_after is None:
+        return steps
+    if stop_after not in names:
+        raise unknown_name("pass of this pipeline", stop_after, names)
+    return steps[: names.index(stop_after) + 1]
+
+
+def _run_all(plan: Plan, model: ir.Model, ledger: Ledger) -> ir.Model:
+    """Run all steps on `model` without looking at what they leave; return the result."""
+    workpiece, counts, made = Workpiece(model), graph.op_histogram(model, plan.kernel_ops), 0
+    for index, step in enumerate(plan.steps):
+        try:
+            execution = execute(plan, workpiece, index, counts, made)
+        except OptframeError:
+            raise
+        except Exception as error:  # a pass is foreign code
+            raise CheckFailed(
+                f"pass '{step.name}' raised {describe(error)}; --verify each goes on without it"
+            ) from error
+        counts, made = execution.after, made + len(execution.ran.allowed)
+        ledger.enter(execution.record("skipped"), lambda: workpiece.model.clone())
+    return workpiece.model
+
+
+@contextmanager
+def _verifier(plan: Plan, original: Snapshot) -> Iterator[Verifier]:
+    """Yield a verifier with a worker of its own, and a folder for what they exchange."""
+    draw = plan.random_inputs or partial(feeds_module.random_feeds, original.model)
+    with (
+        tempfile.TemporaryDirectory(prefix="optframe-") as folder,
+        Worker(Path(folder), command=plan.worker_command) as worker,
+    ):
+        yield Verifier(Exchange(worker), original, plan.inputs, draw)
+
+
+def _verify_each(plan: Plan, original: Snapshot, verifier: Verifier) -> OptimizeResult:
+    ledger = Ledger(plan)
+    model, final = Gate(plan, original, verifier, ledger).run()
+    verdict = EQUAL if final is original else verifier.verify_whole(final)
+    if verdict.status == "different":
+        doubtful = [record.name for record in ledger.records if record.verified == "unverified"]
+        which = f"each pass that could be verified alone does not (not verified: {', '.join(doubtful)})"
+        raise CheckFailed(
+            f"the result differs from the model, although {which if doubtful else 'each pass alone does not'}: "
+            f"{verdict.reason}; --verify off gives the result as it is"
+        )
+    return ledger.result(model, verdict, verifier.remarks)
+
+
+def _verify_end(plan: Plan, model: ir.Model, original: Snapshot, verifier: Verifier) -> OptimizeResult:
+    ledger = Ledger(replace(plan, on_pass=None))
+    try:
+        result = _run_all(plan, model, ledger)
+        verdict = verifier.verify_whole(Snapshot.take(result))
+        problem = verdict.reason if verdict.status == "different" else ""
+    except CheckFailed as failure:
+        problem = str(failure)
+    if problem:
+        found = _verify_each(plan, original, verifier)
+        return replace(found, warnings=(f"passes were verified one by one, since {problem}", *found.warnings))
+    if plan.on_pass:
+        for record in ledger.records:
+            plan.on_pass(record)
+    return ledger.result(result, verdict, verifier.remarks)

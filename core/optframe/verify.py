@@ -1,0 +1,235 @@
+"""Whether models compute the same: after each pass on the regions that changed, and as a whole, on several inputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import onnx
+
+from optframe.comparison import RunFailed, compare_pairs
+from optframe.exchange import Exchange
+from optframe.numerics import EQUAL, Verdict, compare, of_all_inputs, of_all_tensors, tolerance
+from optframe.region import MergedModel, MergeError, Pair, Program
+from optframe.samples import Sample, Sampler, run
+from optframe.snapshot import Snapshot
+from optframe.structure import Inspector, is_fixed, tensor_type
+from optframe.types import Feeds
+from optframe.worker import Arrays, WorkerFailure
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: the model before and after it."""
+
+    index: int
+    before: Snapshot
+    after: Snapshot
+
+
+class Verifier:
+    """Compares snapshots of one model, `original` being what it was first.
+
+    `feeds` are real inputs; `draw` makes a random one from a seed. Everything native happens in the worker.
+    """
+
+    def __init__(
+        self, exchange: Exchange, original: Snapshot, feeds: Sequence[Feeds], draw: Callable[[int], Feeds]
+    ) -> None:
+        self._exchange = exchange
+        self._inspector = Inspector(exchange.worker)
+        self._original = original
+        self._feeds = feeds
+        self._draw = draw
+        self._sampler = Sampler(exchange, original)
+        self._latest: tuple[Snapshot, list[Arrays | str]] | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know about the inputs used so far."""
+        return self._sampler.remarks
+
+    @cached_property
+    def _real(self) -> list[Sample]:
+        return self._sampler.real(self._feeds)
+
+    @cached_property
+    def _random(self) -> list[Sample]:
+        """Two where shapes are free, since a model may be right at one shape only, or where there are no real ones."""
+        fixed = all(is_fixed(tensor_type(value)) for value in self._original.inputs)
+        return self._sampler.random(self._draw, 1 if fixed and self._real else 2)
+
+    @property
+    def _step_samples(self) -> list[Sample]:
+        """What each pass is verified on: one real input if there is one, and one random one."""
+        return [*self._real[:1], *self._random[:1]]
+
+    def feeds(self, label: str) -> Feeds | None:
+        """Return the input called `label`, or any, for a reproducer; None if the model runs on none."""
+        by_label = {sample.label: sample.feeds for sample in [*self._step_samples, *self._real, *self._random]}
+        return by_label.get(label, next(iter(by_label.values()), None))
+
+    def structure_problem(self, before: Snapshot, after: Snapshot) -> str | None:
+        """Return what onnx's checker and shape inference say against `after` but not against `before`, or None."""
+        try:
+            return self._inspector.problem(before, after)
+        except WorkerFailure as failure:
+            return f"onnx's checker or shape inference fails on it: {failure}"
+
+    def verify_whole(self, final: Snapshot) -> Verdict:
+        """Compare the outputs of `final` with the original's, on all inputs."""
+        samples = [*self._real, *self._random]
+        return self._compare_outputs([s.outputs for s in samples], final, samples, excuse=True)
+
+    def verify_steps(self, steps: Sequence[Step]) -> list[Verdict]:
+        """Return a verdict for each of `steps`, which follow one another, up to the first one that is different."""
+        verdicts: list[Verdict] = []
+        while len(verdicts) < len(steps) and not (verdicts and verdicts[-1].status == "different"):
+            verdicts += self._verify_some(steps[len(verdicts) :])
+        return verdicts
+
+    def _verify_some(self, steps: Sequence[Step]) -> list[Verdict]:
+        """Return verdicts for the first of `steps`, for at least one."""
+        if not self._step_samples:
+            return [self._no_samples()] * len(steps)
+        merged, merging = _merge(steps)
+        try:
+            found = self._compare_regions(merged) if merging else None
+        except RunFailed:
+            if len(merging) > 1:
+                return self._verify_some(merging[: len(merging) // 2])
+            found = None
+        if found is None:
+            return [self._verify_outputs(steps[0], excuse=True)]
+        verdicts: list[Verdict] = []
+        for step in merging:
+            verdict = found.get(step.index, EQUAL)
+            if verdict.status == "different":
+                return [*verdicts, self._settle(step, verdict)]
+            verdicts.append(of_all_tensors([verdict, self._compare_branches(merged, step)]))
+        return verdicts
+
+    def _compare_regions(self, merged: MergedModel) -> dict[int, Verdict]:
+        """Return step -> verdict on the tensors at its boundary."""
+        pairs = [pair for pair in merged.pairs if not pair.branch]
+        by_step: defaultdict[int, list[Verdict]] = defaultdict(list)
+        for _, group in groupby(self._step_samples if pairs else [], key=lambda sample: sample.dims):
+            samples = list(group)
+            found = compare_pairs(self._exchange, merged, pairs, samples)
+            for position in range(len(samples)):
+                for step, verdict in _by_step({pair: verdicts[position] for pair, verdicts in found.items()}).items():
+                    by_step[step].append(replace(verdict, sample=samples[position].label))
+        return {step: of_all_inputs(verdicts) for step, verdicts in by_step.items()}
+
+    def _compare_branches(self, merged: MergedModel, step: Step) -> Verdict:
+        """Compare what Ifs that the step changed give when their conditions are forced, on one input."""
+        labels = sorted({pair.branch for pair in merged.pairs if pair.step == step.index and pair.branch})
+        return of_all_tensors(self._compare_branch(merged, step, label) for label in labels)
+
+    def _compare_branch(self, merged: MergedModel, step: Step, label: str) -> Verdict:
+        pairs = [pair for pair in merged.pairs if pair.step == step.index and pair.branch == label]
+        sample = self._step_samples[0]
+        try:
+            found = compare_pairs(self._exchange, merged, pairs, [sample])
+        except RunFailed as failure:
+            outputs = [onnx.ValueInfoProto(name=pair.before) for pair in pairs]
+            alone = run(self._exchange, merged.program(outputs, [], sample.dims), [sample.path])[0]
+            if isinstance(alone, str):
+                return Verdict("equal", f"{label} of '{pairs[0].name}' cannot be tried: {alone}")
+            return Verdict("different", f"{label} of '{pairs[0].name}' no longer runs: {failure}")
+        verdict = of_all_tensors(_named(pair.name, verdicts[0]) for pair, verdicts in found.items())
+        return Verdict(verdict.status, f"{label} of {verdict.reason}" if verdict.reason else "", sample.label)
+
+    def _settle(self, step: Step, mismatch: Verdict) -> Verdict:
+        """Let the outputs decide about a step that changed a tensor at its boundary: it may have meant to."""
+        verdict = self._verify_outputs(step, excuse=False)
+        if verdict.status == "equal":
+            return Verdict("equal", f"{mismatch.reason}, but the model's outputs are equal")
+        return mismatch
+
+    def _verify_outputs(self, step: Step, excuse: bool) -> Verdict:
+        samples = self._step_samples
+        return self._compare_outputs(self._outputs(step.before, samples), step.after, samples, excuse)
+
+    def _outputs(self, snapshot: Snapshot, samples: Sequence[Sample]) -> list[Arrays | str]:
+        """Return what `snapshot` computes for `samples`."""
+        if snapshot is self._original:
+            return [sample.outputs for sample in samples]
+        if self._latest is None or self._latest[0] is not snapshot or len(self._latest[1]) != len(samples):
+            program = Program(snapshot.proto, snapshot.weights)
+            self._latest = (snapshot, run(self._exchange, program, [sample.path for sample in samples]))
+        return self._latest[1]
+
+    def _compare_outputs(
+        self, expected: Sequence[Arrays | str], after: Snapshot, samples: Sequence[Sample], excuse: bool
+    ) -> Verdict:
+        """Compare the outputs of `after` with those `expected`.
+
+        With `excuse`, a difference counts as unverified where the original amplifies a few roundings as much.
+        """
+        if not samples:
+            return self._no_samples()
+        verdicts = []
+        for sample, old, new in zip(samples, expected, self._outputs(after, samples), strict=True):
+            verdict = self._compare_arrays(old, new)
+            if excuse and verdict.status == "different" and self._amplifies(sample):
+                reason = "but so do the original's when the input changes by a few roundings"
+                verdict = Verdict("unverified", f"{verdict.reason}, {reason}")
+            verdicts.append(replace(verdict, sample=sample.label))
+        return of_all_inputs(verdicts)
+
+    def _amplifies(self, sample: Sample) -> bool:
+        disturbed = self._sampler.disturbed(sample)
+        return disturbed is not None and self._compare_arrays(sample.outputs, disturbed).status == "different"
+
+    def _compare_arrays(self, old: Arrays | str, new: Arrays | str) -> Verdict:
+        if isinstance(old, str):
+            return Verdict("unverified", f"the model before does not run: {old}")
+        if isinstance(new, str):
+            return Verdict("different", f"the model no longer runs: {new}")
+        if old.keys() != new.keys():
+            return Verdict("different", f"its outputs were {', '.join(old)} and are {', '.join(new)}")
+        return of_all_tensors(_named(name, compare(old[name], new[name], self._allowed)) for name in old)
+
+    @cached_property
+    def _allowed(self) -> float:
+        """The tolerance for outputs: that of the coarsest float type in the original."""
+        graph = self._original.proto.graph
+        declared = {tensor_type(value)[0] for value in (*graph.input, *graph.value_info, *graph.output)}
+        weights = {tensor.dtype.value for tensor in self._original.weights.values()}
+        try:
+            inferred = {element for element, _ in self._inspector.inspect(self._original).inferred.values()}
+        except WorkerFailure:
+            inferred = set()
+        return tolerance(declared | weights | inferred)
+
+    def _no_samples(self) -> Verdict:
+        return Verdict("unverified", self.remarks[-1] if self.remarks else "there is no input to try")
+
+
+def _merge(steps: Sequence[Step]) -> tuple[MergedModel, list[Step]]:
+    """Return a merged model of as many of `steps` as possible, and these."""
+    merged = MergedModel(steps[0].before)
+    merging: list[Step] = []
+    for step in steps:
+        try:
+            merged.add(step.index, step.after)
+        except MergeError:
+            break
+        merging.append(step)
+    return merged, merging
+
+
+def _by_step(verdicts: dict[Pair, Verdict]) -> dict[int, Verdict]:
+    """Return step -> what the verdicts on its pairs mean together."""
+    by_step: defaultdict[int, list[Verdict]] = defaultdict(list)
+    for pair, verdict in verdicts.items():
+        by_step[pair.step].append(_named(pair.name, verdict))
+    return {step: of_all_tensors(given) for step, given in by_step.items()}
+
+
+def _named(name: str, verdict: Verdict) -> Verdict:
+    return replace(verdict, reason=f"'{name}': {verdict.reason}" if verdict.reason else "")
