@@ -255,12 +255,12 @@ def find_source(model: str | os.PathLike[str], options: Mapping[str, Any], regis
     name = os.fspath(model)
     if name.endswith(ONNX_SUFFIX) or os.sep in name or os.path.isfile(name):
         file = OnnxFileModel(OnnxFileOptions(path=Path(name), **_known(OnnxFileOptions, name, options)))
-        return Source(Path(name).name, file, CORE, "the ONNX file as given, in onnxruntime")
+        return Source(Path(name).name, file, CORE)
     claim = registry.contribution("model", name)
     adapter_class = registry.load_model(name)
     adapter = adapter_class(adapter_class.Options(**_known(adapter_class.Options, name, options)))  # type: ignore[call-arg]
     worker = Worker(registry.host.plugin_root(claim.plugin), claim.distribution)
-    return Source(name, adapter, worker, "PyTorch FP32")
+    return Source(name, adapter, worker)
 
 
 def _known(kind: type[Any], model: str, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ class OnnxFileModel:
 
     Options: ClassVar[type[OnnxFileOptions]] = OnnxFileOptions
     pipeline = "portable"
+    source = "the ONNX file as given, in onnxruntime"
 
     def __init__(self, options: OnnxFileOptions) -> None:
         self.options = options

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from optframe import compare, environment, feeds, flops, graph, latency, precision, report
 from optframe.backend import Backend, BuildOptions, Engine
 from optframe.compare import Limits, OutputError
+from optframe.errors import InputError
 from optframe.gate import OptimizeResult, Verify, optimize
 from optframe.latency import Latency
 from optframe.passes import NearMiss
@@ -54,12 +55,11 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """The model of a run: how it is called, its adapter, who brought it, and in words what errors are against."""
+    """The model of a run: how it is called, its adapter, and who brought it."""
 
     name: str
     adapter: ModelAdapter
     worker: Worker
-    reference: str
 
 
 class Run:
@@ -75,13 +75,14 @@ class Run:
         self.backends = {name: registry.load_backend(name) for name in request.backends}
         self.artefacts: dict[str, Path] = {}
         self.warnings: list[str] = []
+        self._check_inputs()
 
     def execute(self, command: str = "") -> RunReport:
         """Run every stage and return the report; nothing is written outside the runner's work folder."""
         exported = self._export()
         optimized = self._optimize(exported)
         expected = self._reference()
-        runs, outputs = [], {self.source.reference: expected[0]}
+        runs, outputs = [], {self.adapter.source: expected[0]}
         for kind in self.request.precisions:
             model = self._convert(optimized.folder / MODEL_FILE, kind)
             for name, backend in self.backends.items():
@@ -89,6 +90,14 @@ class Run:
                 runs.append(run)
                 outputs[f"{kind.upper()}{f' {name}' if len(self.backends) > 1 else ''}"] = samples[0]
         return self._report(exported, optimized, runs, outputs, command)
+
+    def _check_inputs(self) -> None:
+        """Look at the user's data before the work of minutes begins."""
+        self.adapter.feeds()
+        if "int8" in self.request.precisions:
+            self.registry.load_calibrator(self.request.calibrator)
+            if next(iter(self.adapter.calibration_feeds()), None) is None:
+                raise InputError("int8 needs data to calibrate on, and there is none: leave int8 out of --precision")
 
     @cached_property
     def _input_shapes(self) -> dict[str, list[int]]:
@@ -315,7 +324,7 @@ class Run:
                 self.artefacts[name] = optimized.folder / name
         return RunReport(
             model=self.source.name,
-            reference=self.source.reference,
+            reference=self.adapter.source,
             input_shapes=self._input_shapes,
             nodes=Change(graph.count_nodes(before, kernels), graph.count_nodes(after, kernels)),
             passes=tuple(_pass_row(row) for row in facts["passes"]),

@@ -225,6 +225,8 @@ class ModelAdapter(Protocol):
     Options: ClassVar[type[Any]]
     pipeline: str
     """The pipeline text used when the user names none."""
+    source: str
+    """What `reference` runs, in words for the report: "PyTorch FP32"."""
 
     def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
         """Return what the export, the real inputs or the calibration data depend on, for the cache key.

@@ -106,9 +106,7 @@ def test_two_writers_at_once_leave_whole_entries(tmp_path: Path) -> None:
     source = folder_with(tmp_path / "source", model="weights" * 1000)
     context = multiprocessing.get_context("spawn")
     start = time.time() + 0.5
-    writers = [
-        context.Process(target=_publish, args=(str(tmp_path / "cache"), str(source), start)) for _ in range(2)
-    ]
+    writers = [context.Process(target=_publish, args=(str(tmp_path / "cache"), str(source), start)) for _ in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -14,7 +14,7 @@ from optframe.commands import options as shared
 from optframe.commands.progress import Progress
 from optframe.errors import CheckFailed, InputError
 from optframe.pass_options import Word, read_value
-from optframe.report import RunReport, all_warnings, summary_lines, summary_table
+from optframe.report import RunReport, summary_lines, summary_table
 from optframe.session import Session
 from optframe.stages import RunRequest
 from optframe.store import Store
@@ -165,6 +165,4 @@ def show(session: Session, report: RunReport, target: Path, as_json: bool) -> No
     session.console.print(summary_table(report))
     for line in summary_lines(report):
         session.console.print(line, markup=False, highlight=False)
-    for warning in all_warnings(report):
-        session.warn(warning)
     session.console.print(f"report: {target / 'report.html'}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,337 @@
+"""Names are looked up, clashes set aside, targets loaded and checked, and the right plugin is blamed."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from optframe.errors import InputError, PluginError
+from optframe.hookspec import hookimpl
+from optframe.host import PluginHost
+from optframe.passes import GraphPass, PassContext, PassResult
+from optframe.registry import Registry, default_registry
+from optframe.types import (
+    BackendSpec,
+    CalibratorSpec,
+    CommandSpec,
+    KernelSpec,
+    ModelSpec,
+    OpParameter,
+    OpSpec,
+    PassSpec,
+    PipelineSpec,
+)
+
+Install = Callable[..., None]
+TARGETS = "registry_targets"
+
+
+def op(name: str, kernel: KernelSpec | None = None, domain: str = "com.acme") -> OpSpec:
+    return OpSpec(name, domain, (OpParameter("x"),), (OpParameter("y"),), "a:b", "a:c", kernel=kernel)
+
+
+class Mine:
+    """A plugin made of whatever is handed in, by hook."""
+
+    def __init__(self, **contributions: list[Any]) -> None:
+        self.contributions = contributions
+
+    @hookimpl
+    def optframe_models(self) -> list[ModelSpec]:
+        return self.contributions.get("models", [])
+
+    @hookimpl
+    def optframe_passes(self) -> list[PassSpec]:
+        return self.contributions.get("passes", [])
+
+    @hookimpl
+    def optframe_pipelines(self) -> list[PipelineSpec]:
+        return self.contributions.get("pipelines", [])
+
+    @hookimpl
+    def optframe_ops(self) -> list[OpSpec]:
+        return self.contributions.get("ops", [])
+
+    @hookimpl
+    def optframe_calibrators(self) -> list[CalibratorSpec]:
+        return self.contributions.get("calibrators", [])
+
+    @hookimpl
+    def optframe_backends(self) -> list[BackendSpec]:
+        return self.contributions.get("backends", [])
+
+    @hookimpl
+    def optframe_commands(self) -> list[CommandSpec]:
+        return self.contributions.get("commands", [])
+
+
+def registry_of(*plugins: Mine) -> Registry:
+    host = PluginHost(discover=False)
+    for number, plugin in enumerate(plugins):
+        host.register(plugin, f"mine{number}")
+    return Registry(host)
+
+
+@dataclass(frozen=True)
+class Clean(GraphPass):
+    name: ClassVar[str] = "clean"
+
+    def run(self, model: Any, context: PassContext) -> PassResult:
+        return PassResult(False)
+
+
+@dataclass(frozen=True)
+class Demanding(Clean):
+    name: ClassVar[str] = "demanding"
+    _: Any
+    size: int
+
+
+class Backend:
+    name = "mine"
+
+    def missing(self) -> None:
+        return None
+
+    def versions(self) -> Mapping[str, str]:
+        return {}
+
+    def build(self) -> None: ...
+
+    def open(self) -> None: ...
+
+
+class Misnamed(Backend):
+    name = "yours"
+
+
+class Explosive(Backend):
+    def __init__(self) -> None:
+        raise OSError("no device node")
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module that specs can name as `registry_targets`."""
+    module = types.ModuleType(TARGETS)
+    for target in (Clean, Demanding, Backend, Misnamed, Explosive):
+        setattr(module, target.__name__, target)
+    module.number = 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, TARGETS, module)
+    return module
+
+
+def test_every_kind_is_looked_up_by_name_and_listed_sorted() -> None:
+    models = [ModelSpec("zebra", "a:B"), ModelSpec("ant", "a:B")]
+    steps = Mine(passes=[PassSpec("p2", "a:B"), PassSpec("p1", "a:B")], pipelines=[PipelineSpec("all", "p1,p2")])
+    kinds = Mine(
+        models=models,
+        ops=[op("Swish"), op("Gate", KernelSpec("a:b.cu", "a:rule"))],
+        calibrators=[CalibratorSpec("entropy", "a:B")],
+        backends=[BackendSpec("fpga", "a:B")],
+        commands=[CommandSpec("inspect", "a:b")],
+    )
+    registry = registry_of(steps, kinds)
+    assert registry.model("zebra") is models[0]
+    assert [spec.name for spec in registry.models()] == ["ant", "zebra"]
+    assert [spec.name for spec in registry.passes()] == ["p1", "p2"]
+    assert [spec.name for spec in registry.pipelines()] == ["all"]
+    assert registry.pipeline("all").text == "p1,p2"
+    assert registry.step("all") == PipelineSpec("all", "p1,p2")
+    assert registry.step("p1") == PassSpec("p1", "a:B")
+    assert list(registry.ops()) == ["com.acme::Gate", "com.acme::Swish"]
+    assert registry.op("com.acme::Swish") == op("Swish")
+    assert registry.kernel_ops() == {"com.acme::Gate"}
+    assert registry.calibrator("entropy") in registry.calibrators()
+    assert registry.backend("fpga") in registry.backends()
+    assert registry.command("inspect") in registry.commands()
+    assert len(registry.contributions()) == 10
+    assert registry.contribution("pass", "p2").plugin == "mine0"
+    assert not registry.problems
+
+
+@pytest.mark.parametrize(
+    ("look_up", "said"),
+    [
+        (lambda registry: registry.model("anchor-detr"), "unknown model 'anchor-detr': did you mean 'anchordetr'?"),
+        (lambda registry: registry.load_pass("claen"), "unknown pass or pipeline 'claen': did you mean 'clean'?"),
+        (lambda registry: registry.step("xyz"), "unknown pass or pipeline 'xyz': known: clean, portable"),
+        (lambda registry: registry.op("com.acme::Swissh"), "did you mean 'com.acme::Swish'?"),
+        (lambda registry: registry.load_backend("tensor"), "unknown backend 'tensor': known: none"),
+        (lambda registry: registry.load_pass("portable"), "'portable' is a pipeline, not a pass"),
+        (lambda registry: registry.pipeline("clean"), "'clean' is a pass, not a pipeline"),
+    ],
+)
+def test_an_unknown_name_is_an_input_error_with_a_suggestion(look_up: Callable[[Registry], Any], said: str) -> None:
+    registry = registry_of(
+        Mine(
+            models=[ModelSpec("anchordetr", "a:B")],
+            passes=[PassSpec("clean", "a:B")],
+            pipelines=[PipelineSpec("portable", "clean")],
+            ops=[op("Swish")],
+        )
+    )
+    with pytest.raises(InputError) as caught:
+        look_up(registry)
+    assert said in str(caught.value)
+    assert not isinstance(caught.value, PluginError)
+
+
+def test_a_name_claimed_twice_is_set_aside_with_both_distributions(install_plugin: Install) -> None:
+    source = """
+        from optframe.hookspec import hookimpl
+        from optframe.types import PassSpec
+
+        @hookimpl
+        def optframe_passes():
+            return [PassSpec("acme-clean", "a:B"), PassSpec("{own}", "a:B")]
+    """
+    install_plugin("acme-one", "1.0", "one = acme_one", acme_one=source.format(own="acme-own1"))
+    install_plugin("acme-two", "2.5", "two = acme_two", acme_two=source.format(own="acme-own2"))
+    registry = default_registry()
+    names = [spec.name for spec in registry.passes()]
+    assert "acme-clean" not in names
+    assert {"acme-own1", "acme-own2"} <= set(names)
+    said = "pass or pipeline 'acme-clean' is claimed by plugin 'one' (acme-one 1.0) and by plugin 'two' (acme-two 2.5)"
+    [problem] = [problem for problem in registry.problems if problem.distribution.startswith("acme")]
+    assert said in problem.message
+    with pytest.raises(PluginError) as caught:
+        registry.load_pass("acme-clean")
+    assert said in str(caught.value)
+    assert default_registry(["one"]).step("acme-clean") == PassSpec("acme-clean", "a:B")
+
+
+def test_a_spec_of_a_subclass_counts_as_its_kind() -> None:
+    class RichSpec(PassSpec):
+        """A plugin's own kind of PassSpec."""
+
+    registry = registry_of(Mine(passes=[RichSpec("rich", "a:B")]))
+    assert [spec.name for spec in registry.passes()] == ["rich"]
+
+
+def test_passes_and_pipelines_share_one_name_space() -> None:
+    registry = registry_of(Mine(passes=[PassSpec("x", "a:B")]), Mine(pipelines=[PipelineSpec("x", "")]))
+    assert registry.passes() == []
+    assert registry.pipelines() == []
+    assert len(registry.problems) == 1
+
+
+def test_a_plugin_that_claims_a_name_twice_itself_is_blamed() -> None:
+    registry = registry_of(Mine(ops=[op("Swish"), op("Swish")]))
+    assert registry.ops() == {}
+    [problem] = registry.problems
+    assert "op 'com.acme::Swish' is claimed twice by plugin 'mine0'" in problem.message
+
+
+def test_ops_of_one_name_in_two_domains_do_not_clash() -> None:
+    registry = registry_of(Mine(ops=[op("Swish"), op("Swish", domain="org.other")]))
+    assert list(registry.ops()) == ["com.acme::Swish", "org.other::Swish"]
+
+
+def test_the_name_of_an_own_command_is_not_free() -> None:
+    registry = registry_of(Mine(commands=[CommandSpec("doctor", "a:b"), CommandSpec("nurse", "a:b")]))
+    assert [spec.name for spec in registry.commands()] == ["nurse"]
+    [problem] = registry.problems
+    assert (problem.plugin, problem.hook) == ("mine0", "optframe_commands")
+    assert "'doctor' is optframe's own" in problem.message
+
+
+def test_a_pass_is_loaded(targets: types.ModuleType) -> None:
+    assert registry_of(Mine(passes=[PassSpec("clean", f"{TARGETS}:Clean")])).load_pass("clean") is Clean
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"),
+    [
+        ("clean", "no_such_module_here:Clean", "cannot load 'no_such_module_here:Clean': ModuleNotFoundError"),
+        ("clean", f"{TARGETS}:Claen", f"cannot load '{TARGETS}:Claen': AttributeError"),
+        ("clean", "Clean", "'Clean' is no reference of the form 'package.module:attribute'"),
+        ("clean", f"{TARGETS}:Backend", f"{TARGETS}:Backend is no subclass of GraphPass"),
+        ("clean", f"{TARGETS}:number", "is no subclass of GraphPass"),
+        ("tidy", f"{TARGETS}:Clean", "Clean has the name 'clean', not 'tidy'"),
+        ("demanding", f"{TARGETS}:Demanding", "Demanding has options without a default: _, size"),
+    ],
+)
+def test_a_pass_that_is_none_is_blamed_on_its_plugin(
+    targets: types.ModuleType, name: str, target: str, said: str
+) -> None:
+    with pytest.raises(PluginError) as caught:
+        registry_of(Mine(passes=[PassSpec(name, target)])).load_pass(name)
+    assert str(caught.value).startswith(f"pass '{name}' of plugin 'mine0' (registered in process): ")
+    assert said in str(caught.value)
+
+
+def test_an_abstract_pass_is_blamed(targets: types.ModuleType) -> None:
+    targets.Abstract = type("Abstract", (GraphPass,), {"name": "abstract"})  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match="Abstract has no method run"):
+        registry_of(Mine(passes=[PassSpec("abstract", f"{TARGETS}:Abstract")])).load_pass("abstract")
+
+
+def test_the_blame_names_distribution_and_version_of_an_installed_plugin(install_plugin: Install) -> None:
+    source = """
+        from optframe.hookspec import hookimpl
+        from optframe.types import ModelSpec
+
+        @hookimpl
+        def optframe_models():
+            return [ModelSpec("acme-net", "acme_absent:Adapter"), ModelSpec("acme-half", "acme_models:Half")]
+
+        class Half:
+            Options = int
+            def feeds(self): ...
+    """
+    install_plugin("acme-models", "3.2.1", "models = acme_models", acme_models=source)
+    registry = default_registry()
+    with pytest.raises(PluginError) as absent:
+        registry.load_model("acme-net")
+    assert str(absent.value).startswith("model 'acme-net' of plugin 'models' (acme-models 3.2.1): cannot load")
+    with pytest.raises(PluginError, match=r"acme_models:Half lacks .*export.*random_feeds"):
+        registry.load_model("acme-half")
+
+
+def test_a_backend_is_loaded_as_an_instance(targets: types.ModuleType) -> None:
+    registry = registry_of(Mine(backends=[BackendSpec("mine", f"{TARGETS}:Backend")]))
+    assert isinstance(registry.load_backend("mine"), Backend)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("Misnamed", "Misnamed.name is 'yours'"),
+        ("Explosive", "Explosive() raised OSError: no device node (test_registry.py:"),
+        ("Clean", "lacks missing, versions, build, open"),
+    ],
+)
+def test_a_backend_that_is_none_is_blamed(targets: types.ModuleType, target: str, said: str) -> None:
+    registry = registry_of(Mine(backends=[BackendSpec("mine", f"{TARGETS}:{target}")]))
+    with pytest.raises(PluginError) as caught:
+        registry.load_backend("mine")
+    assert str(caught.value).startswith("backend 'mine' of plugin 'mine0' (registered in process): ")
+    assert said in str(caught.value)
+
+
+def test_the_installed_packages_register_without_problems_and_all_targets_load() -> None:
+    registry = default_registry()
+    assert registry.problems == []
+    loads: Mapping[str, Callable[[str], Any]] = {
+        "model": registry.load_model,
+        "pass": registry.load_pass,
+        "calibrator": registry.load_calibrator,
+        "backend": registry.load_backend,
+    }
+    loaded = [
+        loads[kind](spec.name)
+        for kind, specs in (
+            ("model", registry.models()),
+            ("pass", registry.passes()),
+            ("calibrator", registry.calibrators()),
+            ("backend", registry.backends()),
+        )
+        for spec in specs
+    ]
+    assert len(loaded) >= 2
