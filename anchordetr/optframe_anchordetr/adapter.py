@@ -59,6 +59,7 @@ class AnchorDETRAdapter:
 
     Options: ClassVar[type[AnchorDETROptions]] = AnchorDETROptions
     pipeline = "anchordetr"
+    source = "PyTorch FP32"
 
     def __init__(self, options: AnchorDETROptions) -> None:
         self.options = options
