@@ -246,6 +246,12 @@ def run(
     return result
 
 
+def is_file(model: str | os.PathLike[str]) -> bool:
+    """Return whether `model` means an ONNX file rather than a registered name."""
+    name = os.fspath(model)
+    return name.endswith(ONNX_SUFFIX) or os.sep in name or os.path.isfile(name)
+
+
 def find_source(model: str | os.PathLike[str], options: Mapping[str, Any], registry: Registry) -> Source:
     """Return the source of a run: a registered model, or an ONNX file where `model` looks like a path.
 
@@ -253,7 +259,7 @@ def find_source(model: str | os.PathLike[str], options: Mapping[str, Any], regis
         InputError: there is no such model or file, or the model does not take an option.
     """
     name = os.fspath(model)
-    if name.endswith(ONNX_SUFFIX) or os.sep in name or os.path.isfile(name):
+    if is_file(model):
         file = OnnxFileModel(OnnxFileOptions(path=Path(name), **_known(OnnxFileOptions, name, options)))
         return Source(Path(name).name, file, CORE)
     claim = registry.contribution("model", name)

@@ -19,6 +19,7 @@ from optframe.samples import Sample, run
 from optframe.structure import UNKNOWN, TensorType, ask_onnx, is_fixed, show_type, types_clash
 from optframe.worker import Arrays, WorkerFailure
 
+
 class RunFailed(Exception):
     """A merged model does not run; the message says why."""
 

@@ -30,7 +30,7 @@ def read_feeds(path: Path, model: ir.Model) -> list[Feeds]:
     An array of an input's rank is one sample; one more leading axis makes it several, the same number for all inputs.
 
     Raises:
-        InputError: no such file, no `.npz`, an input that is missing or unknown, a rank, size or dtype that does not fit.
+        InputError: no such file, no `.npz`, an input that is missing or unknown, or one that does not fit.
     """
     arrays = _read_npz(path)
     inputs = {str(value.name): value for value in model_inputs(model)}
@@ -133,7 +133,9 @@ def input_shapes(feeds: Feeds) -> dict[str, list[int]]:
 
 def save_samples(path: Path, samples: Sequence[Mapping[str, Array]]) -> None:
     """Write inputs or outputs of several inferences to one `.npz` file; `load_samples` reads them back."""
-    arrays: dict[str, Any] = {f"{i}/{name}": array for i, sample in enumerate(samples) for name, array in sample.items()}
+    arrays: dict[str, Any] = {
+        f"{i}/{name}": array for i, sample in enumerate(samples) for name, array in sample.items()
+    }
     np.savez(path, **arrays)
 
 

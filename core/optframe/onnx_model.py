@@ -44,7 +44,10 @@ class OnnxFileModel:
         """Say when figures come from random inputs."""
         if self.options.inputs:
             return []
-        return ["No --inputs were given: errors are measured on random inputs, which may not be what the model meets."]
+        return [
+            "No --inputs were given: errors are measured on random inputs, which may not be what the model meets, "
+            "and there is nothing to calibrate INT8 on."
+        ]
 
     def export(self, path: Path) -> None:
         """Write the model, as it is, to `path`."""

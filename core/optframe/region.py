@@ -184,7 +184,7 @@ class MergedModel:
     def _emit_node(self, node: onnx.NodeProto, names: Mapping[str, str], calls: Mapping[OpId, str]) -> dict[str, str]:
         """Add `node`, which is renamed in place, unless it is there; return its outputs' names in the merged graph."""
         own = [name for name in node.output if name]
-        if (node.domain in ONNX_DOMAINS and node.op_type == "Identity") and node.input[0] in names:
+        if node.domain in ONNX_DOMAINS and node.op_type == "Identity" and node.input[0] in names:
             return {own[0]: names[node.input[0]]}
         if _is_constant(node):
             return {own[0]: self._constants.add(ir.from_proto(node.attribute[0].t), self._fresh(own[0]))}
@@ -317,7 +317,8 @@ def _force(node: onnx.NodeProto, outer: str, inner: str) -> None:
 
 
 def _is_constant(node: onnx.NodeProto) -> bool:
-    return node.domain in ONNX_DOMAINS and node.op_type == "Constant" and any(a.HasField("t") for a in node.attribute) # node.attribute[:1] and node.attribute[0].HasField("t")
+    own = node.domain in ONNX_DOMAINS and node.op_type == "Constant"
+    return own and [attribute.name for attribute in node.attribute] == ["value"]
 
 
 def _is_repeatable(node: onnx.NodeProto) -> bool:

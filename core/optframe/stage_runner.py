@@ -150,4 +150,3 @@ def library_versions(distribution: str) -> tuple[tuple[str, str], ...]:
         except metadata.PackageNotFoundError:
             continue
     return tuple(sorted(found.items()))
-

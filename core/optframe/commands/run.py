@@ -18,6 +18,7 @@ from optframe.report import RunReport, summary_lines, summary_table
 from optframe.session import Session
 from optframe.stages import RunRequest
 from optframe.store import Store
+from optframe.types import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from optframe.registry import Registry
@@ -58,8 +59,13 @@ def run(
         typer.Option("--model-option", metavar="NAME=VALUE", help="Another option of it.", rich_help_panel=MODEL_PANEL),
     ] = None,
     precision: Annotated[
-        str, typer.Option(metavar="LIST", help="Of fp32, fp16, int8.", rich_help_panel=GRAPH_PANEL)
-    ] = "fp32,fp16,int8",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Of fp32, fp16, int8; default: all that there is data for.",
+            rich_help_panel=GRAPH_PANEL,
+        ),
+    ] = None,
     pipeline: shared.Pipeline = None,
     verify: shared.Verify = "each",
     stop_after: shared.StopAfter = None,
@@ -104,7 +110,7 @@ def run(
     options = {name: value for name, value in chosen.items() if value is not None}
     options |= read_model_options(shared.read_pairs(model_option, "--model-option"), model, session.registry)
     request = RunRequest(
-        precisions=shared.read_precisions(precision),
+        precisions=shared.read_precisions(precision) if precision else default_precisions(model, inputs),
         backends=shared.split(backend),
         pipeline=pipeline,
         calibrator=calibrator,
@@ -132,13 +138,20 @@ def run(
         raise CheckFailed(f"a check failed, see the warnings above and {target / 'report.html'}")
 
 
+def default_precisions(model: str, inputs: Path | None) -> tuple[Precision, ...]:
+    """Return all precisions; without INT8 for an ONNX file that comes without data to calibrate on."""
+    if api.is_file(model) and inputs is None:
+        return tuple(kind for kind in PRECISIONS if kind != "int8")
+    return PRECISIONS
+
+
 def read_model_options(texts: dict[str, str], model: str, registry: Registry) -> dict[str, Any]:
     """Return `--model-option` values with the types of the model's options; unknown names are left to the API.
 
     Raises:
         InputError: a value is not of its option's type.
     """
-    if not texts or Path(model).suffix == api.ONNX_SUFFIX:
+    if not texts or api.is_file(model):
         return dict(texts)
     kinds = get_type_hints(registry.load_model(model).Options)
     return {name: _read(name, kinds[name], text) if name in kinds else text for name, text in texts.items()}
