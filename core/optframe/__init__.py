@@ -2,4 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optframe.api import build, compare, convert_precision, load, optimize, profile, run
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "build", "compare", "convert_precision", "load", "optimize", "profile", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API when it is first used, so that `optframe --help` stays fast (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'optframe' has no attribute '{name}'")
+    from optframe import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,11 +11,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from optframe import compare as compare_module
+from optframe import accuracy, files, gate, graph, latency, precision
 from optframe import feeds as feeds_module
-from optframe import files, gate, graph, latency, precision
+from optframe.accuracy import OutputError
 from optframe.backend import BuildOptions, Engine
-from optframe.compare import OutputError
 from optframe.errors import InputError, unknown_name
 from optframe.gate import OptimizeResult, Verify
 from optframe.latency import Latency
@@ -162,9 +161,9 @@ def compare(
     runs = [run_model(model, samples, backend=backend, registry=registry) for model in (actual, reference)]
     pairs = list(zip(*runs, strict=True))
     others = [pairs[i - 1][1] if len(pairs) > 1 else None for i in range(len(pairs))]
-    return compare_module.aggregate(
+    return accuracy.aggregate(
         [
-            compare_module.compare_outputs(a, b, other if _same_shapes(b, other) else None)
+            accuracy.compare_outputs(a, b, other if _same_shapes(b, other) else None)
             for (a, b), other in zip(pairs, others, strict=True)
         ]
     )

@@ -64,7 +64,7 @@ def _execute(
     outputs = [output for each in plans for output in each.outputs]
     if not outputs:
         return [{} for _ in samples]
-    program = merged.program(outputs, [node for each in plans for node in each.nodes], samples[0].dims)
+    program = merged.program(outputs, [each.nodes for each in plans], samples[0].dims)
     results: list[Arrays] = []
     for result in run(exchange, program, [sample.path for sample in samples]):
         if isinstance(result, str):

@@ -103,6 +103,7 @@ class MergedModel:
         self._constants = _Constants()
         self._nodes: list[onnx.NodeProto] = []
         self._known: dict[bytes, list[str]] = {}
+        self._depths: dict[str, int] = {}
         self._taken = _all_names(base.proto.graph)
         self._serial = 0
         self._names = {value.name: value.name for value in base.inputs}
@@ -139,13 +140,18 @@ class MergedModel:
         self.pairs += [Pair(step, name, a, b, branch) for name, (a, b) in names.items() if a != b]
 
     def program(
-        self, outputs: Sequence[onnx.ValueInfoProto], extra: Sequence[onnx.NodeProto], dims: Mapping[str, Sequence[int]]
+        self,
+        outputs: Sequence[onnx.ValueInfoProto],
+        comparisons: Sequence[Sequence[onnx.NodeProto]],
+        dims: Mapping[str, Sequence[int]],
     ) -> Program:
-        """Return the model that computes `outputs`, some of them by the nodes `extra`, and nothing else.
+        """Return the model that computes `outputs`, some of them by the nodes of `comparisons`, and nothing else.
 
-        `dims` are the shapes of the inputs by name.
+        `dims` are the shapes of the inputs by name. Onnxruntime starts with what the last node needs, so comparisons
+        that need least come last: tensors then die early (0.85 GB instead of 2.6 on Anchor DETR at 256x320).
         """
-        nodes = _needed([*self._nodes, *extra], {value.name for value in outputs})
+        ordered = sorted(comparisons, key=self._depth_of, reverse=True)
+        nodes = _needed([*self._nodes, *(node for nodes in ordered for node in nodes)], {v.name for v in outputs})
         read = {name for node in nodes for name in consumed(node)} | {value.name for value in outputs}
         graph = onnx.GraphProto(name="merged", node=nodes, output=outputs)
         graph.input.extend(_with_dims(value, dims[value.name]) for value in self._base.inputs)
@@ -159,6 +165,10 @@ class MergedModel:
         proto = onnx.ModelProto(ir_version=self._ir_version, graph=graph, functions=self._functions.protos.values())
         proto.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in self.opsets.items())
         return Program(proto, weights)
+
+    def _depth_of(self, nodes: Sequence[onnx.NodeProto]) -> int:
+        """Return the length of the longest way from the inputs to `nodes`."""
+        return max((self._depths.get(name, 0) for node in nodes for name in consumed(node)), default=0)
 
     def _replaced(self, after: Snapshot) -> frozenset[str]:
         kept, last = set(after.signatures), self._last
@@ -198,6 +208,7 @@ class MergedModel:
             node.output[:] = [fresh.get(name, name) for name in node.output]
             node.name = self._fresh(node.name)
             self._nodes.append(node)
+            self._depths |= dict.fromkeys(outputs, self._depth_of([node]) + 1)
         return dict(zip(own, outputs, strict=True))
 
     def _rename_inside(self, node: onnx.NodeProto, names: Mapping[str, str]) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from optframe import compare, environment, feeds, flops, graph, latency, precision, report
+from optframe import accuracy, environment, feeds, flops, graph, latency, precision, report
+from optframe.accuracy import Limits, OutputError
 from optframe.backend import Backend, BuildOptions, Engine
-from optframe.compare import Limits, OutputError
 from optframe.errors import InputError
 from optframe.gate import OptimizeResult, Verify, optimize
 from optframe.latency import Latency
@@ -31,6 +31,7 @@ from optframe.types import PRECISIONS, ModelAdapter, Outputs, Precision
 MODEL_FILE = "model.onnx"
 SAMPLES_FILE = "samples.npz"
 FACTS_FILE = "facts.json"
+ENGINE_FILE = "engine.json"
 RANGES_FILE = "ranges.json"
 DUMP_FOLDER = "passes"
 REPRODUCERS_FOLDER = "reproducers"
@@ -50,7 +51,7 @@ class RunRequest:
     dump: bool = False
     device: str = "auto"
     backend_options: Mapping[str, str] = field(default_factory=dict)
-    limits: Mapping[Precision, Limits] = field(default_factory=lambda: compare.DEFAULT_LIMITS)
+    limits: Mapping[Precision, Limits] = field(default_factory=lambda: accuracy.DEFAULT_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class Run:
         def action(folder: Path) -> None:
             engine = backend.build(model, folder, options)
             facts = asdict(engine) | {"path": engine.path.relative_to(folder).as_posix()}
-            _write_json(folder / FACTS_FILE, facts)
+            _write_json(folder / ENGINE_FILE, facts)
 
         return self.runner.run(
             "build",
@@ -369,15 +370,15 @@ def _pass_row(facts: Mapping[str, Any]) -> PassRow:
 
 
 def _load_engine(built: StageResult) -> Engine:
-    facts = _read_json(built.folder / FACTS_FILE)
+    facts = _read_json(built.folder / ENGINE_FILE)
     return Engine(**{**facts, "path": built.folder / facts["path"]})
 
 
 def _errors(samples: Sequence[Outputs], expected: Sequence[Outputs]) -> dict[str, OutputError]:
     """Return the worst error of each output over all inputs; each is judged against another input's response."""
     others = [expected[i - 1] if len(expected) > 1 else None for i in range(len(expected))]
-    return compare.aggregate(
-        [compare.compare_outputs(*triple) for triple in zip(samples, expected, others, strict=True)]
+    return accuracy.aggregate(
+        [accuracy.compare_outputs(*triple) for triple in zip(samples, expected, others, strict=True)]
     )
 
 

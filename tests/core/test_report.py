@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from optframe import report as report_module
-from optframe.compare import DEFAULT_LIMITS, OutputError
+from optframe.accuracy import DEFAULT_LIMITS, OutputError
 from optframe.errors import InputError
 from optframe.latency import Latency, summarize
 from optframe.passes import PASS_KEY, NearMiss

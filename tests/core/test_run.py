@@ -133,7 +133,7 @@ def test_a_changed_option_runs_what_depends_on_it(model: Path, inputs: Path) -> 
 
 
 def test_a_limit_that_is_missed_is_named_with_output_and_figure(model: Path, inputs: Path) -> None:
-    from optframe.compare import Limits
+    from optframe.accuracy import Limits
 
     request = RunRequest(pipeline=PIPELINE, precisions=("fp16",), limits={"fp16": Limits(err_over_response=1e-9)})
     report = api.run(model, options={"inputs": inputs}, request=request)

@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copytree", full)
-    with pytest.raises(EnvironmentLacks, match="No space left on device.*optframe cache clear"):
+    with pytest.raises(EnvironmentLacks, match=r"No space left on device.*optframe cache clear"):
         cache.put(KEY, "export", folder_with(tmp_path / "source", model="x"), {})
     assert cache.entries() == []
 

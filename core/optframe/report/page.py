@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optframe import files
-from optframe.compare import FIGURES, Figure, OutputError
+from optframe.accuracy import FIGURES, Figure, OutputError
 from optframe.report import figures, verdict
 from optframe.report.as_json import grouped_near_misses
 from optframe.report.charts import HISTOGRAM_FROM, latency_chart, op_bars

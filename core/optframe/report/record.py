@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from optframe.compare import Finding, Limits, OutputError, judge
+from optframe.accuracy import Finding, Limits, OutputError, judge
 from optframe.latency import Latency
 from optframe.passes import PASS_KEY, NearMiss
 from optframe.types import Illustration, Precision

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optframe.compare import (
+from optframe.accuracy import (
     DEFAULT_LIMITS,
     Limits,
     OutputError,
