@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from optframe.hookspec import hookimpl
 from optframe.types import ModelSpec, OpSpec, PassSpec, PipelineSpec
+from optframe_anchordetr.ops import OPS
 
 
 @hookimpl
@@ -23,16 +24,49 @@ def optframe_models() -> Iterable[ModelSpec]:
 @hookimpl
 def optframe_passes() -> Iterable[PassSpec]:
     """Register the passes that know Anchor DETR."""
-    return []
+    return [
+        PassSpec(
+            "fuse-layernorm-plugin",
+            "optframe_anchordetr.passes.fuse_layernorm_plugin:FuseLayerNormPlugin",
+            "make the plugin op LayerNorm of native and written-out layer normalisations",
+        ),
+        PassSpec(
+            "fuse-rcda",
+            "optframe_anchordetr.passes.fuse_rcda:FuseRCDA",
+            "make the plugin op RCDA of row-column decoupled attentions",
+        ),
+        PassSpec(
+            "fuse-skip-layernorm-plugin",
+            "optframe_anchordetr.passes.fuse_layernorm_plugin:FuseSkipLayerNormPlugin",
+            "let the plugin op LayerNorm make the sum that it normalises",
+        ),
+        PassSpec(
+            "precompute-inverse-sigmoid",
+            "optframe_anchordetr.passes.precompute_inverse_sigmoid:PrecomputeInverseSigmoid",
+            "compute the logits of a fixed anchor table once, in float64",
+        ),
+        PassSpec(
+            "remove-glue-ops",
+            "optframe_anchordetr.passes.remove_glue_ops:RemoveGlueOps",
+            "take the exporter's shape arithmetic out, with graphsurgeon",
+        ),
+    ]
 
 
 @hookimpl
 def optframe_pipelines() -> Iterable[PipelineSpec]:
     """Register the pipeline that `optframe run anchordetr` uses."""
-    return []
+    return [
+        PipelineSpec(
+            "anchordetr",
+            "precompute-inverse-sigmoid,portable,fuse-layernorm-plugin,fuse-skip-layernorm-plugin,fuse-rcda,"
+            "merge-duplicates,eliminate-dead-code",
+            "portable, then the plugin ops of Anchor DETR, which carry their meaning in standard ops",
+        )
+    ]
 
 
 @hookimpl
 def optframe_ops() -> Iterable[OpSpec]:
     """Register the plugin ops."""
-    return []
+    return OPS

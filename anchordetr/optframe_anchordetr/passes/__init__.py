@@ -1,0 +1,1 @@
+"""Graph passes that know Anchor DETR or its plugin ops."""
