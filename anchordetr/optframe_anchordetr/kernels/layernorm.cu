@@ -1,0 +1,302 @@
+// Layer normalisation over the last axis: `layernorm`, and `skip_layernorm`, which first adds a residual.
+//
+// Arguments: x, [skip], [scale], [bias], int rows, y, [sum]. Those in brackets exist where LN_SKIP, LN_SCALE, LN_BIAS
+// are 1; kernels/layernorm.py sets every LN_ macro. Outputs must not overlap inputs.
+//
+// A group of LN_LANES threads normalises a row and keeps it in registers: a warp or a part of one for short rows
+// (shuffles, no shared memory), a block for longer ones. Where LN_LONG is 1 a block reads its row twice instead.
+//
+// Statistics in float32, exact for large offsets: sums are of the distances to the mean of the first few elements
+// (shifted data: Chan, Golub, LeVeque 1983, section 3), both in one reduction, which is what a small row waits for.
+// Where those few lie far from the row's mean, as outliers do, a second pass starts from the mean found.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace {
+
+using Type = LN_TYPE;
+using Scale = LN_SCALE_TYPE;
+using Bias = LN_BIAS_TYPE;
+
+constexpr int kColumns = LN_COLUMNS;
+constexpr int kVector = LN_VECTOR;  // elements an access; divides kColumns
+constexpr int kLanes = LN_LANES;    // threads a row: a power of two up to 32, or a multiple of 32
+constexpr int kGroups = LN_GROUPS;  // rows a block; 1 where kLanes > 32
+constexpr int kWarps = kLanes > 32 ? kLanes / 32 : 1;  // a row
+constexpr int kStride = kLanes * kVector;
+
+template <typename T>
+struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Pack {
+  T item[kVector];
+};
+
+template <bool Aligned, typename T>
+__device__ __forceinline__ Pack<T> load(const T* source) {
+  if constexpr (Aligned) {
+    return *reinterpret_cast<const Pack<T>*>(source);
+  } else {
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) pack.item[i] = source[i];
+    return pack;
+  }
+}
+
+template <bool Aligned>
+__device__ __forceinline__ void store(Type* target, const Pack<Type>& pack) {
+  if constexpr (Aligned) {
+    *reinterpret_cast<Pack<Type>*>(target) = pack;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) target[i] = pack.item[i];
+  }
+}
+
+__device__ __forceinline__ Type add(Type x, Type skip) {
+  return static_cast<Type>(static_cast<float>(x) + static_cast<float>(skip));
+}
+
+// A row as its group's lanes see it.
+template <bool Aligned>
+struct Row {
+  const Type *x, *skip;
+  const Scale* scale;
+  const Bias* bias;
+  Type *y, *sum;
+
+  // This row of a matrix that starts where the pointers point.
+  __device__ __forceinline__ Row at(unsigned index) const {
+    const size_t offset = static_cast<size_t>(index) * kColumns;
+    return {x + offset, skip + offset, scale, bias, y + offset, sum + offset};
+  }
+
+  // kVector elements of x, or of x + skip rounded to their type, as the second output holds it.
+  __device__ __forceinline__ Pack<Type> read(int column) const {
+    Pack<Type> pack = load<Aligned>(x + column);
+    if constexpr (LN_SKIP) {
+      const Pack<Type> other = load<Aligned>(skip + column);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) pack.item[i] = add(pack.item[i], other.item[i]);
+    }
+    return pack;
+  }
+
+  // Roughly the mean: that of the first elements.
+  __device__ __forceinline__ float guess() const {
+    constexpr int kCount = kVector < 4 ? kVector : 4;
+    const Pack<Type> pack = read(0);
+    float half[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) half[i % 2] += static_cast<float>(pack.item[i]);
+    return (half[0] + half[1]) / kCount;
+  }
+
+  __device__ __forceinline__ void write(int column, const Pack<Type>& pack) const { store<Aligned>(y + column, pack); }
+};
+
+// Scale and bias of kVector columns.
+struct Parameters {
+  Pack<Scale> scale;
+  Pack<Bias> bias;
+
+  template <bool Aligned>
+  __device__ __forceinline__ void read(const Row<Aligned>& row, int column) {
+    if constexpr (LN_SCALE) scale = load<Aligned>(row.scale + column);
+    if constexpr (LN_BIAS) bias = load<Aligned>(row.bias + column);
+  }
+
+  // (value * factor + shift) * scale + bias.
+  __device__ __forceinline__ Pack<Type> apply(const float (&value)[kVector], float factor, float shift) const {
+    Pack<Type> pack;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float result = fmaf(value[i], factor, shift);
+      if constexpr (LN_SCALE) result *= static_cast<float>(scale.item[i]);
+      if constexpr (LN_BIAS) result += static_cast<float>(bias.item[i]);
+      pack.item[i] = static_cast<Type>(result);
+    }
+    return pack;
+  }
+};
+
+// Sums of values and of their squares; two of each, since a sum waits for the one before.
+struct Sums {
+  float value[2] = {0, 0};
+  float square[2] = {0, 0};
+
+  __device__ __forceinline__ void add(float term, int i) {
+    value[i % 2] += term;
+    square[i % 2] = fmaf(term, term, square[i % 2]);
+  }
+};
+
+struct Moments {
+  float mean, variance;
+
+  // Whether the mean is so far from zero that the variance lost more than two bits to it.
+  __device__ __forceinline__ bool far() const { return mean * mean > 4 * variance; }
+};
+
+// The moments over all lanes; every lane gets the same bits. Calls that follow each other need different `Call`s, since
+// each has shared memory of its own.
+template <int Call>
+__device__ __forceinline__ Moments moments(const Sums& sums) {
+  float total[2] = {sums.value[0] + sums.value[1], sums.square[0] + sums.square[1]};
+#pragma unroll
+  for (int offset = (kLanes < 32 ? kLanes : 32) / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) total[i] += __shfl_xor_sync(0xffffffffu, total[i], offset);
+  if constexpr (kLanes > 32) {
+    __shared__ float partial[2][kWarps];
+    if (threadIdx.x % 32 == 0) {
+      partial[0][threadIdx.x / 32] = total[0];
+      partial[1][threadIdx.x / 32] = total[1];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      total[i] = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) total[i] += partial[i][warp];
+    }
+  }
+  const float mean = total[0] / kColumns;
+  const float variance = total[1] / kColumns - mean * mean;
+  return {mean, variance < 0 ? 0 : variance};  // a NaN stays
+}
+
+#if LN_LONG
+
+template <bool Aligned, int Call>
+__device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, float shift) {
+  Sums sums;
+  for (int column = threadIdx.x * kVector; column < kColumns; column += kStride) {
+    const Pack<Type> pack = row.read(column);
+    for (int i = 0; i < kVector; ++i) sums.add(static_cast<float>(pack.item[i]) - shift, i);
+    if constexpr (LN_SKIP && Call == 0) store<Aligned>(row.sum + column, pack);
+  }
+  return moments<Call>(sums);
+}
+
+template <bool Aligned>
+__device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
+                                          const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
+                                          Type* __restrict__ y, Type* __restrict__ sum) {
+  const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(blockIdx.x);
+  float shift = row.guess();
+  Moments found = read_moments<Aligned, 0>(row, shift);
+  if (found.far()) {
+    shift += found.mean;
+    found = read_moments<Aligned, 1>(row, shift);
+  }
+  const float factor = rsqrtf(found.variance + LN_EPSILON);
+  for (int column = threadIdx.x * kVector; column < kColumns; column += kStride) {
+    const Pack<Type> pack = row.read(column);
+    float value[kVector];
+    for (int i = 0; i < kVector; ++i) value[i] = static_cast<float>(pack.item[i]) - shift;
+    Parameters parameters;
+    parameters.read(row, column);
+    row.write(column, parameters.apply(value, factor, -found.mean * factor));
+  }
+}
+
+#else
+
+constexpr int kSteps = (kColumns + kStride - 1) / kStride;
+constexpr bool kEarly = kLanes <= 32;  // whether parameters are loaded with the row: there they cost few registers
+
+// Takes `shift` from the lane's values and returns the moments of what is left.
+template <int Call>
+__device__ __forceinline__ Moments shifted_moments(float (&value)[kSteps][kVector], int first, float shift) {
+  Sums sums;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    if (first + step * kStride < kColumns)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        value[step][i] -= shift;
+        sums.add(value[step][i], i);
+      }
+  return moments<Call>(sums);
+}
+
+template <bool Aligned>
+__device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
+                                          const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
+                                          Type* __restrict__ y, Type* __restrict__ sum) {
+  const int first = threadIdx.x % kLanes * kVector;
+  // All lanes take part in the shuffles: groups past the end write the last row again, the same values.
+  const unsigned index = blockIdx.x * static_cast<unsigned>(kGroups) + threadIdx.x / kLanes;
+  const unsigned last = rows - 1;
+  const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(min(index, last));
+  float value[kSteps][kVector] = {};
+  Parameters parameters[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = first + step * kStride;
+    if (column >= kColumns) continue;
+    const Pack<Type> pack = row.read(column);
+    if constexpr (LN_SKIP) store<Aligned>(row.sum + column, pack);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) value[step][i] = static_cast<float>(pack.item[i]);
+    if constexpr (kEarly) parameters[step].read(row, column);
+  }
+  Moments found = shifted_moments<0>(value, first, row.guess());
+  // Rows of one warp may differ in this: all its lanes go the same way, since they shuffle together.
+  if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far())
+    found = shifted_moments<1>(value, first, found.mean);
+  const float factor = rsqrtf(found.variance + LN_EPSILON);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = first + step * kStride;
+    if (column >= kColumns) continue;
+    if constexpr (!kEarly) parameters[step].read(row, column);
+    row.write(column, parameters[step].apply(value[step], factor, -found.mean * factor));
+  }
+}
+
+#endif
+
+}  // namespace
+
+#if LN_SKIP
+#define LN_ENTRY skip_layernorm
+#else
+#define LN_ENTRY layernorm
+#endif
+
+extern "C" __global__ void __launch_bounds__(kLanes* kGroups) LN_ENTRY(const Type* __restrict__ x,
+#if LN_SKIP
+                                                                       const Type* __restrict__ skip,
+#endif
+#if LN_SCALE
+                                                                       const Scale* __restrict__ scale,
+#endif
+#if LN_BIAS
+                                                                       const Bias* __restrict__ bias,
+#endif
+                                                                       int rows,
+#if LN_SKIP
+                                                                       Type* __restrict__ y, Type* __restrict__ sum
+#else
+                                                                       Type* __restrict__ y
+#endif
+) {
+#if !LN_SKIP
+  const Type* skip = nullptr;
+  Type* sum = nullptr;
+#endif
+#if !LN_SCALE
+  const Scale* scale = nullptr;
+#endif
+#if !LN_BIAS
+  const Bias* bias = nullptr;
+#endif
+  const auto bits = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(skip) | reinterpret_cast<size_t>(scale) |
+                    reinterpret_cast<size_t>(bias) | reinterpret_cast<size_t>(y) | reinterpret_cast<size_t>(sum);
+  if (bits % 16 == 0)
+    normalise<true>(x, skip, scale, bias, rows, y, sum);
+  else
+    normalise<false>(x, skip, scale, bias, rows, y, sum);
+}

@@ -1,0 +1,165 @@
+"""Launch rule of row-column decoupled attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from optframe.types import KernelLaunch, TensorInfo
+from optframe_anchordetr.kernels.checks import (
+    CUDA_TYPES,
+    INT32_MAX,
+    cdiv,
+    pad,
+    require,
+    require_float,
+    require_same,
+)
+
+SHARED_BYTES = 48 * 1024
+"""What a block gets without a special request, which an ahead-of-time TensorRT plugin cannot make."""
+
+_OP = "RCDA"
+
+_ENOUGH_BLOCKS = 132
+"""So many large blocks fill a large GPU (an H200 has 132 multiprocessors); small blocks do better where fewer come."""
+
+_MOST_GROUPS = 24
+"""Groups of 8 columns, times tiles, whose row weights a warp's registers hold without spilling: 192 columns."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    images: int
+    queries: int
+    height: int
+    width: int
+    heads: int
+    head_size: int
+
+
+def rcda_launch(
+    inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
+) -> KernelLaunch:
+    """Return the launch for out[q] = sum_y A_col[q, y] * sum_x A_row[q, x] * v[y, x], for each image and head.
+
+    Inputs q_row (N, L, C), q_col (N, L, C), both projected and scaled, k_row (N, w, C), k_col (N, h, C),
+    v (N, h, w, C), optional row mask (N, w) and column mask (N, h), bool, true where padded (None or left out where
+    absent). Output (N, L, C). Attribute num_heads. One dtype for all but the masks. A_row and A_col are softmaxes over
+    w and h; one whose keys are all masked gives NaN. Heads of 32 channels in float16 or bfloat16 use tensor cores with
+    float32 accumulation, as far as registers and shared memory reach; all else float32 arithmetic.
+
+    Raises:
+        InputError: shapes, dtypes or num_heads do not fit, or h + w is beyond the kernel.
+    """
+    checked = pad(_OP, inputs, 5, 7)
+    require(len(outputs) == 1, f"{_OP} has one output")
+    sizes = _check(checked, outputs[0], attributes)
+    masks = (("RCDA_ROW_MASK", checked[5]), ("RCDA_COLUMN_MASK", checked[6]))
+    dtype = outputs[0].dtype
+    common = (
+        ("RCDA_TYPE", CUDA_TYPES[dtype]),
+        ("RCDA_HEADS", str(sizes.heads)),
+        ("RCDA_HEAD_SIZE", str(sizes.head_size)),
+        *((name, str(int(mask is not None))) for name, mask in masks),
+    )
+    if dtype != "float32" and sizes.head_size == 32:
+        plan = _plan(sizes)
+        if plan is not None:
+            path = (("RCDA_TENSOR_CORES", "1"), ("RCDA_BFLOAT16", str(int(dtype == "bfloat16"))))
+            defines = (*common, *path, *plan.defines())
+            return _launch(sizes, defines, plan.warps, plan.queries, plan.shared_bytes(sizes.height))
+    return _general_launch(sizes, common)
+
+
+def _check(inputs: Sequence[TensorInfo | None], output: TensorInfo, attributes: Mapping[str, object]) -> _Sizes:
+    """Return the sizes once all shapes and dtypes are known to fit each other."""
+    q_row, q_col, k_row, k_col, v = (info for info in inputs[:5] if info is not None)  # `pad` saw that all are there
+    row_mask, column_mask = inputs[5:]
+    require_float(_OP, "v", v)
+    require(len(v.shape) == 4, f"{_OP}: v has shape {list(v.shape)}, but must be (N, h, w, C)")
+    require(len(q_row.shape) == 3, f"{_OP}: q_row has shape {list(q_row.shape)}, but must be (N, L, C)")
+    (images, height, width, channels), queries = v.shape, q_row.shape[1]
+    expected = {
+        "q_row": (q_row, (images, queries, channels)),
+        "q_col": (q_col, (images, queries, channels)),
+        "k_row": (k_row, (images, width, channels)),
+        "k_col": (k_col, (images, height, channels)),
+        "the output": (output, (images, queries, channels)),
+    }
+    for name, (info, shape) in expected.items():
+        require_same(_OP, name, info, TensorInfo(shape, v.dtype))
+    if row_mask is not None:
+        require_same(_OP, "the row mask", row_mask, TensorInfo((images, width), "bool"))
+    if column_mask is not None:
+        require_same(_OP, "the column mask", column_mask, TensorInfo((images, height), "bool"))
+    heads = attributes.get("num_heads")
+    require(
+        isinstance(heads, int) and heads > 0 and channels > 0 and channels % heads == 0,
+        f"{_OP}: num_heads is {heads!r}, but must divide the {channels} channels",
+    )
+    assert isinstance(heads, int)
+    require(height > 0 and width > 0, f"{_OP}: v has shape {list(v.shape)}, but needs a row and a column")
+    require(images <= 65535 and heads <= 65535, f"{_OP}: a launch takes 65535 images and heads at most")
+    require(queries * channels <= INT32_MAX, f"{_OP}: {queries} queries of {channels} channels are too many")
+    return _Sizes(images, queries, height, width, heads, channels // heads)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the tensor core path divides the work: warps of `tiles` times 16 queries, `stages` rows of V at hand."""
+
+    tiles: int
+    stages: int
+    groups: int
+    warps: int = 4
+
+    @property
+    def queries(self) -> int:
+        return self.warps * self.tiles * 16
+
+    def shared_bytes(self, height: int) -> int:
+        """Rows of V, column keys and column weights, those padded against bank conflicts."""
+        return self.stages * self.groups * 8 * 64 + cdiv(height, 8) * 8 * (64 + (self.queries // 2 + 4) * 4)
+
+    def fits(self, height: int) -> bool:
+        return self.groups * self.tiles <= _MOST_GROUPS and self.shared_bytes(height) <= SHARED_BYTES
+
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        values = {
+            "RCDA_WARPS": self.warps,
+            "RCDA_TILES": self.tiles,
+            "RCDA_STAGES": self.stages,
+            "RCDA_WIDTH_GROUPS": self.groups,
+        }
+        return tuple((name, str(value)) for name, value in values.items())
+
+
+def _plan(sizes: _Sizes) -> _Plan | None:
+    """Return the first plan that registers and shared memory hold, of those measured best on an H200; None if none."""
+    large_blocks = cdiv(sizes.queries, 128) * sizes.heads * sizes.images
+    for tiles in (2, 1) if large_blocks >= _ENOUGH_BLOCKS else (1,):
+        for stages in (3, 2):
+            plan = _Plan(tiles, stages, cdiv(sizes.width, 8))
+            if plan.fits(sizes.height):
+                return plan
+    return None
+
+
+def _general_launch(sizes: _Sizes, common: tuple[tuple[str, str], ...]) -> KernelLaunch:
+    queries = 8  # a warp, as the kernel has it
+    warp_bytes = (sizes.height + sizes.width) * queries * 4
+    require(warp_bytes <= SHARED_BYTES, f"{_OP}: h + w is {sizes.height + sizes.width}, but 1536 is the most")
+    warps = min(4, SHARED_BYTES // warp_bytes)
+    defines = (*common, ("RCDA_TENSOR_CORES", "0"), ("RCDA_WARPS", str(warps)))
+    return _launch(sizes, defines, warps, queries * warps, warps * warp_bytes)
+
+
+def _launch(
+    sizes: _Sizes, defines: tuple[tuple[str, str], ...], warps: int, queries: int, shared_bytes: int
+) -> KernelLaunch:
+    """Return the launch for blocks of `warps` that take `queries` each."""
+    grid = (cdiv(sizes.queries, queries), sizes.heads, sizes.images)
+    return KernelLaunch(
+        "rcda", defines, grid, (warps * 32, 1, 1), shared_bytes, (sizes.queries, sizes.height, sizes.width)
+    )

@@ -1,0 +1,52 @@
+"""Keeps measured tables in one JSON file, each with where, when and how it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "h200.json"
+
+_GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+_PACKAGES = ("torch", "triton", "numpy", "onnxruntime-gpu", "onnxruntime", "cupy-cuda12x", "cupy-cuda13x")
+
+
+def _gpu() -> dict[str, str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return dict(zip(_GPU_FIELDS, (field.strip() for field in answer.split(",")), strict=True))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return the GPU with its clocks right now, versions, date and the command that measures the same again."""
+    versions = {package: version for package in _PACKAGES if (version := _version(package))}
+    return {
+        "gpu": _gpu(),
+        "versions": {"python": platform.python_version(), **versions},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def save(path: Path, name: str, rows: Sequence[dict[str, Any]], *, command: str, **how: Any) -> None:
+    """Put the table `name` into the file at `path`, with its environment and `how` under "runs"; keep all else."""
+    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    tables[name] = list(rows)
+    tables.setdefault("runs", {})[name] = {**environment(command), **how}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tables, indent=1) + "\n")
+    partial.replace(path)

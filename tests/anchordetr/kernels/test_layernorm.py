@@ -1,0 +1,210 @@
+"""The launch rules of layer normalisation, and the kernels against float64."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from optframe.errors import InputError
+from optframe.types import KernelSpec, TensorInfo
+from optframe_anchordetr.kernels import LAYERNORM, SKIP_LAYERNORM
+from optframe_trt import nvrtc
+
+Array = np.ndarray[Any, Any]
+Run = Callable[..., list[Array]]
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+EPSILON = 1e-5
+
+
+def layernorm64(x: Array, scale: Array | None, bias: Array | None, epsilon: float = EPSILON) -> Array:
+    """The result in float64, and the sum of its terms' absolute values."""
+    x = x.astype(np.float64)
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+    factor = np.float64(1) if scale is None else scale.astype(np.float64)
+    term = np.zeros(y.shape[-1]) if bias is None else bias.astype(np.float64)
+    return np.stack([y * factor + term, (1 + np.abs(y)) * np.abs(factor) + np.abs(term)])
+
+
+def assert_close(actual: Array, expected: Array, dtype: str) -> None:
+    """The one rounding of the result, and float32 arithmetic: a dozen operations, each good to 2^-24 of its terms."""
+    result, magnitude = expected
+    tolerance = UNIT_ROUNDOFF[dtype] * np.abs(result) + 16 * 2.0**-24 * magnitude + 2.0**-24
+    error = np.abs(actual.astype(np.float64) - result)
+    assert (error <= tolerance).all(), f"largest error {error.max()}, {(error / tolerance).max():.1f} of the tolerance"
+
+
+def draw(seed: int, shape: tuple[int, ...], dtype: str, offset: float = 0.0) -> Array:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) + offset).astype(DTYPES[dtype])
+
+
+def launch(spec: KernelSpec, *inputs: TensorInfo | None, outputs: int = 1, **attributes: object) -> Any:
+    return spec.launch_rule()(inputs, [inputs[0]] * outputs, attributes)  # type: ignore[arg-type, list-item]
+
+
+class TestLaunchRule:
+    def test_rows_do_not_change_the_defines(self) -> None:
+        few, many = (launch(LAYERNORM, TensorInfo((rows, 256), "float16")) for rows in (3, 32768))
+        assert few.defines == many.defines
+        assert (few.extras, many.extras) == ((3,), (32768,))
+        per_block = few.block[0] // dict_of(few)["LN_LANES"]
+        assert (few.grid, many.grid) == ((1, 1, 1), (32768 // per_block, 1, 1))
+
+    @pytest.mark.parametrize("columns", [*range(1, 40), 255, 256, 257, 1000, 1024, 1026, 4096, 8191, 8192, 8193, 10**6])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_threads_cover_a_row(self, columns: int, dtype: str) -> None:
+        chosen = launch(LAYERNORM, TensorInfo((7, columns), dtype))
+        values = dict_of(chosen)
+        lanes, groups = values["LN_LANES"], values["LN_GROUPS"]
+        assert columns % values["LN_VECTOR"] == 0
+        assert lanes in (1, 2, 4, 8, 16, 32) or (lanes % 32 == 0 and groups == 1)
+        assert chosen.block == (lanes * groups, 1, 1)
+        assert chosen.block[0] % 32 == 0
+        assert chosen.block[0] <= 1024
+
+    def test_absent_parameters_are_defines(self) -> None:
+        values = dict(launch(LAYERNORM, TensorInfo((2, 8), "float16"), None, TensorInfo((8,), "float32")).defines)
+        assert (values["LN_SCALE"], values["LN_BIAS"], values["LN_BIAS_TYPE"]) == ("0", "1", "float")
+
+    def test_epsilon_is_baked(self) -> None:
+        values = dict(launch(LAYERNORM, TensorInfo((2, 8), "float16"), epsilon=1e-12).defines)
+        assert values["LN_EPSILON"] == "1e-12f"
+
+    def test_zero_rows_launch_nothing(self) -> None:
+        assert launch(LAYERNORM, TensorInfo((4, 0, 8), "float32")).grid == (0, 1, 1)
+
+    @pytest.mark.parametrize(
+        ("inputs", "attributes", "message"),
+        [
+            ([TensorInfo((2, 8), "int32")], {}, "x is int32"),
+            ([TensorInfo((), "float32")], {}, "last axis"),
+            ([TensorInfo((2, 0), "float32")], {}, "last axis"),
+            ([TensorInfo((2, 8), "float32"), TensorInfo((2, 8), "float32")], {}, "scale"),
+            ([TensorInfo((2, 8), "float32"), None, TensorInfo((9,), "float32")], {}, "bias"),
+            ([TensorInfo((2, 8), "float32"), TensorInfo((8,), "int64")], {}, "scale is int64"),
+            ([TensorInfo((2, 8), "float32")], {"epsilon": "small"}, "epsilon"),
+            ([TensorInfo((2, 8), "float32")], {"epsilon": float("nan")}, "epsilon"),
+            ([TensorInfo((2**31, 8), "float32")], {}, "rows"),
+            ([None], {}, "1 to 3 inputs"),
+            ([TensorInfo((2, 8), "float32")] * 4, {}, "1 to 3 inputs"),
+        ],
+    )
+    def test_bad_input(self, inputs: list[TensorInfo | None], attributes: dict[str, object], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            LAYERNORM.launch_rule()(inputs, inputs[:1], attributes)  # type: ignore[arg-type]
+
+    def test_output_and_skip_must_be_like_x(self) -> None:
+        x = TensorInfo((2, 8), "float32")
+        with pytest.raises(InputError, match="an output is float16"):
+            LAYERNORM.launch_rule()([x], [TensorInfo((2, 8), "float16")], {})
+        with pytest.raises(InputError, match="skip"):
+            SKIP_LAYERNORM.launch_rule()([x, TensorInfo((1, 8), "float32")], [x, x], {})
+        with pytest.raises(InputError, match="two outputs"):
+            SKIP_LAYERNORM.launch_rule()([x, x], [x], {})
+
+
+def dict_of(chosen: Any) -> dict[str, int]:
+    names = ("LN_LANES", "LN_GROUPS", "LN_VECTOR")
+    return {name: int(value) for name, value in chosen.defines if name in names}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [7, 256, 4096, 10000])
+@pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
+def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
+    if not nvrtc.toolkits():
+        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
+    x, parameter = TensorInfo((3, columns), dtype), TensorInfo((columns,), "float32")
+    skips = int(spec is SKIP_LAYERNORM)
+    chosen = launch(spec, *[x] * (1 + skips), parameter, parameter, outputs=1 + skips)
+    ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+    parameters = ptx.split(f".entry {chosen.entry}(")[1].split(")")[0]
+    assert parameters.count(".param .u64") == 4 + 2 * skips
+    assert parameters.count(".param .u32") == 1
+    assert bool(re.search(r"ld\.global(\.nc)?\.v4", ptx)) == (columns % 8 == 0), "16-byte loads where rows allow them"
+
+
+@pytest.mark.gpu
+class TestKernel:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("columns", [1, 2, 7, 32, 100, 255, 256, 257, 1000, 1024, 4096, 5001, 8191, 8192, 9000])
+    @pytest.mark.parametrize("rows", [1, 37])
+    def test_equals_float64(self, run: Run, dtype: str, columns: int, rows: int) -> None:
+        seed = columns * 100 + rows
+        x, scale, bias = draw(seed, (rows, columns), dtype), draw(1, (columns,), dtype), draw(2, (columns,), dtype)
+        (y,) = run(LAYERNORM, [x, scale, bias], [TensorInfo(x.shape, dtype)], {"epsilon": EPSILON})
+        assert_close(y, layernorm64(x, scale, bias), dtype)
+
+    @pytest.mark.parametrize("columns", [256, 4096, 9000])
+    def test_large_offsets(self, run: Run, columns: int) -> None:
+        x = draw(3, (65, columns), "float32", offset=1e4)
+        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float32")], {"epsilon": EPSILON})
+        assert_close(y, layernorm64(x, None, None), "float32")
+
+    @pytest.mark.parametrize("columns", [16, 256, 257, 4096, 9000])
+    @pytest.mark.parametrize("offset", [0.0, 1e4])
+    def test_an_outlier_at_the_front(self, run: Run, columns: int, offset: float) -> None:
+        """The element that sums are taken from lies far from all others, in some rows."""
+        x = draw(15, (40, columns), "float32", offset)
+        x[3, 0], x[10:12, 0] = 1e6, -1e5
+        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float32")], {"epsilon": EPSILON})
+        assert_close(y, layernorm64(x, None, None), "float32")
+
+    @pytest.mark.parametrize("value", [0.0, 1e4, 12345.678])
+    @pytest.mark.parametrize("columns", [255, 4096, 9000])
+    def test_constant_rows_give_zeros(self, run: Run, columns: int, value: float) -> None:
+        x = np.full((5, columns), value, np.float32)
+        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float32")], {"epsilon": 1e-12})
+        np.testing.assert_array_equal(y, 0)
+
+    @pytest.mark.parametrize("parameter_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("present", [(True, True), (True, False), (False, True), (False, False)])
+    def test_parameters(self, run: Run, parameter_dtype: str, present: tuple[bool, bool]) -> None:
+        x = draw(4, (33, 256), "float16")
+        scale = draw(5, (256,), parameter_dtype) if present[0] else None
+        bias = draw(6, (256,), parameter_dtype) if present[1] else None
+        (y,) = run(LAYERNORM, [x, scale, bias], [TensorInfo(x.shape, "float16")], {"epsilon": 0.1})
+        assert_close(y, layernorm64(x, scale, bias, 0.1), "float16")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("columns", [24, 256, 257, 4096, 9000])
+    @pytest.mark.parametrize("offset", [0, 4])
+    def test_skip(self, run: Run, dtype: str, columns: int, offset: int) -> None:
+        x, skip = draw(7, (35, columns), dtype), draw(8, (35, columns), dtype)
+        scale, bias = draw(9, (columns,), dtype), draw(10, (columns,), dtype)
+        outputs = [TensorInfo(x.shape, dtype)] * 2
+        y, total = run(SKIP_LAYERNORM, [x, skip, scale, bias], outputs, {"epsilon": EPSILON}, offset=offset)
+        np.testing.assert_array_equal(total, (x.astype(np.float32) + skip.astype(np.float32)).astype(DTYPES[dtype]))
+        assert_close(y, layernorm64(total, scale, bias), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("columns", [256, 2048, 9000])
+    def test_unaligned_pointers(self, run: Run, dtype: str, columns: int) -> None:
+        x, scale = draw(11, (9, columns), dtype), draw(12, (columns,), dtype)
+        (y,) = run(LAYERNORM, [x, scale], [TensorInfo(x.shape, dtype)], {}, offset=np.dtype(DTYPES[dtype]).itemsize)
+        assert_close(y, layernorm64(x, scale, None), dtype)
+
+    @pytest.mark.parametrize("columns", [8, 64, 256, 4096, 9000])
+    def test_nan_and_infinity_stay_in_their_rows(self, run: Run, columns: int) -> None:
+        x = draw(13, (40, columns), "float16")
+        x[3, 1], x[17, columns - 1], x[39, 0] = np.nan, np.inf, -np.inf
+        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float16")], {})
+        ill = np.zeros(40, bool)
+        ill[[3, 17, 39]] = True
+        assert np.isnan(y[ill]).all()
+        assert_close(y[~ill], layernorm64(x[~ill], None, None), "float16")
+
+    def test_leading_axes_and_zero_rows(self, run: Run) -> None:
+        x = draw(14, (2, 3, 5, 256), "float32")
+        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float32")], {})
+        assert_close(y, layernorm64(x, None, None), "float32")
+        (empty,) = run(LAYERNORM, [x[:0]], [TensorInfo((0, 3, 5, 256), "float32")], {})
+        assert empty.shape == (0, 3, 5, 256)

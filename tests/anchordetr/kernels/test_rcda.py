@@ -1,0 +1,269 @@
+"""The launch rule of row-column decoupled attention, and the kernel against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from optframe.errors import InputError
+from optframe.types import KernelLaunch, TensorInfo
+from optframe_anchordetr.kernels import RCDA
+from optframe_anchordetr.kernels.rcda import SHARED_BYTES
+from optframe_trt import nvrtc
+
+Array = np.ndarray[Any, Any]
+Run = Callable[..., list[Array]]
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Size:
+    images: int
+    queries: int
+    height: int
+    width: int
+    heads: int = 2
+    head_size: int = 32
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def out(self) -> tuple[int, int, int]:
+        return self.images, self.queries, self.channels
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        n, h, w, c = self.images, self.height, self.width, self.channels
+        return [self.out, self.out, (n, w, c), (n, h, c), (n, h, w, c)]
+
+
+def draw(seed: int, size: Size, dtype: str) -> list[Array]:
+    """Inputs whose scores have a deviation of about 2, so that softmaxes are neither flat nor one key alone."""
+    rng = np.random.default_rng(seed)
+    spread = 1.4 * size.head_size**-0.25
+    factors = (spread, spread, spread, spread, 1.0)
+    pairs = zip(size.shapes, factors, strict=True)
+    return [(rng.standard_normal(shape) * factor).astype(DTYPES[dtype]) for shape, factor in pairs]
+
+
+def softmax64(queries: Array, keys: Array, mask: Array | None, heads: int) -> Array:
+    """Attention (N, heads, L, keys) in float64."""
+    split = [a.astype(np.float64).reshape(*a.shape[:2], heads, -1) for a in (queries, keys)]
+    scores = np.einsum("nlhd,nkhd->nhlk", *split)
+    if mask is not None:
+        scores = np.where(mask[:, None, None, :], -np.inf, scores)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True))
+
+
+def rcda64(arrays: list[Array], heads: int, row_mask: Array | None = None, column_mask: Array | None = None) -> Array:
+    """(out, the same for absolute values of v) in float64."""
+    row = softmax64(arrays[0], arrays[2], row_mask, heads)
+    column = softmax64(arrays[1], arrays[3], column_mask, heads)
+    v = arrays[4].astype(np.float64).reshape(*arrays[4].shape[:3], heads, -1)
+    both = [np.einsum("nhly,nhlyd->nlhd", column, np.einsum("nhlx,nyxhd->nhlyd", row, u)) for u in (v, np.abs(v))]
+    return np.stack([part.reshape(arrays[0].shape) for part in both])
+
+
+def assert_close(actual: Array, expected: Array, dtype: str) -> None:
+    """Row weights and their sum are rounded to the dtype, column weights to float16, the result to the dtype; the rest
+    is float32 arithmetic, where no weight is rounded."""
+    out, magnitude = expected
+    unit = UNIT_ROUNDOFF[dtype]
+    weights = 0.0 if dtype == "float32" else 2 * unit + 2 * UNIT_ROUNDOFF["float16"]
+    tolerance = weights * magnitude + unit * np.abs(out) + 64 * 2.0**-24 * magnitude
+    error = np.abs(actual.astype(np.float64) - out)
+    assert (error <= tolerance).all(), f"largest error {error.max()}, {(error / tolerance).max():.1f} of the tolerance"
+
+
+def infos(size: Size, dtype: str) -> list[TensorInfo]:
+    return [TensorInfo(shape, dtype) for shape in size.shapes]
+
+
+def launch(size: Size, dtype: str, *masks: TensorInfo | None) -> KernelLaunch:
+    inputs = [*infos(size, dtype), *masks]
+    return RCDA.launch_rule()(inputs, [TensorInfo(size.out, dtype)], {"num_heads": size.heads})  # type: ignore[arg-type]
+
+
+def defines(chosen: KernelLaunch) -> dict[str, str]:
+    return dict(chosen.defines)
+
+
+class TestLaunchRule:
+    @pytest.mark.parametrize(("height", "width"), [(50, 67), (67, 50), (84, 84), (1, 1), (25, 192), (120, 20)])
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_tensor_cores_within_plain_shared_memory(self, height: int, width: int, dtype: str) -> None:
+        chosen = launch(Size(1, 900, height, width, heads=8), dtype)
+        assert defines(chosen)["RCDA_TENSOR_CORES"] == "1"
+        assert int(defines(chosen)["RCDA_WIDTH_GROUPS"]) * 8 >= width
+        assert chosen.shared_bytes <= SHARED_BYTES
+        assert chosen.extras == (900, height, width)
+
+    @pytest.mark.parametrize(
+        ("size", "dtype"),
+        [
+            (Size(1, 10, 50, 67), "float32"),
+            (Size(1, 10, 50, 67, head_size=40), "float16"),
+            (Size(1, 10, 50, 300), "float16"),
+            (Size(1, 10, 800, 30), "float16"),
+        ],
+    )
+    def test_the_general_path_takes_the_rest(self, size: Size, dtype: str) -> None:
+        chosen = launch(size, dtype)
+        assert defines(chosen)["RCDA_TENSOR_CORES"] == "0"
+        assert chosen.shared_bytes <= SHARED_BYTES
+
+    def test_few_queries_get_small_blocks(self) -> None:
+        few, many = (launch(Size(1, queries, 50, 67, heads=8), "float16") for queries in (900, 3350))
+        assert (defines(few)["RCDA_TILES"], defines(many)["RCDA_TILES"]) == ("1", "2")
+        assert (few.grid, many.grid) == ((15, 8, 1), (27, 8, 1))
+
+    @pytest.mark.parametrize("size", [Size(3, 1000, 50, 67, heads=8), Size(1, 5, 3, 4), Size(1, 900, 84, 84, heads=8)])
+    def test_blocks_cover_the_queries(self, size: Size) -> None:
+        chosen = launch(size, "float16")
+        queries = chosen.block[0] // 32 * int(defines(chosen)["RCDA_TILES"]) * 16
+        assert chosen.grid == (-(-size.queries // queries), size.heads, size.images)
+
+    @pytest.mark.parametrize("size", [Size(1, 0, 5, 5), Size(0, 4, 5, 5)])
+    def test_nothing_to_launch(self, size: Size) -> None:
+        assert 0 in launch(size, "float16").grid
+
+    @pytest.mark.parametrize(
+        ("position", "wrong", "message"),
+        [
+            (0, TensorInfo((1, 9, 65), "float16"), "q_row"),
+            (1, TensorInfo((1, 8, 64), "float16"), "q_col"),
+            (2, TensorInfo((1, 6, 64), "float16"), "k_row"),
+            (3, TensorInfo((1, 7, 64), "float16"), "k_col"),
+            (3, TensorInfo((1, 6, 64), "float32"), "k_col is float32"),
+            (4, TensorInfo((1, 6, 7), "float16"), "v has shape"),
+            (4, TensorInfo((1, 6, 7, 64), "int32"), "v is int32"),
+            (5, TensorInfo((1, 6), "bool"), "row mask"),
+            (5, TensorInfo((1, 7), "int32"), "row mask"),
+            (6, TensorInfo((1, 7), "bool"), "column mask"),
+        ],
+    )
+    def test_bad_tensors(self, position: int, wrong: TensorInfo, message: str) -> None:
+        size = Size(1, 9, 6, 7)
+        inputs = [*infos(size, "float16"), TensorInfo((1, 7), "bool"), TensorInfo((1, 6), "bool")]
+        inputs[position] = wrong
+        with pytest.raises(InputError, match=message):
+            RCDA.launch_rule()(inputs, [TensorInfo(size.out, "float16")], {"num_heads": 2})
+
+    @pytest.mark.parametrize("heads", [None, 0, 3, "2"])
+    def test_bad_heads(self, heads: object) -> None:
+        size = Size(1, 9, 6, 7)
+        with pytest.raises(InputError, match="num_heads"):
+            RCDA.launch_rule()(infos(size, "float16"), [TensorInfo(size.out, "float16")], {"num_heads": heads})
+
+    def test_too_large(self) -> None:
+        with pytest.raises(InputError, match="1536"):
+            launch(Size(1, 9, 1500, 37), "float32")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "instruction"),
+    [("float16", "m16n8k16.row.col.f32.f16"), ("bfloat16", "m16n8k16.row.col.f32.bf16"), ("float32", "fma.rn.f32")],
+)
+def test_compiles(dtype: str, instruction: str, masked: bool) -> None:
+    if not nvrtc.toolkits():
+        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
+    masks = (TensorInfo((1, 67), "bool"), TensorInfo((1, 50), "bool")) if masked else ()
+    chosen = launch(Size(1, 900, 50, 67, heads=8), dtype, *masks)
+    ptx = nvrtc.compile_ptx(RCDA.read_source(), defines=chosen.defines).text
+    parameters = ptx.split(".entry rcda(")[1].split(")")[0]
+    assert parameters.count(".param .u64") == 6 + len(masks)
+    assert parameters.count(".param .u32") == 3
+    assert instruction in ptx
+
+
+@pytest.mark.gpu
+class TestKernel:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "size",
+        [
+            Size(1, 900, 50, 67),
+            Size(2, 3350, 50, 67, heads=3),
+            Size(2, 130, 67, 50),
+            Size(1, 257, 84, 84),
+            Size(1, 1, 1, 1),
+            Size(3, 17, 2, 9, heads=1),
+            Size(1, 65, 9, 100),
+            Size(1, 20, 5, 192),
+            Size(1, 20, 120, 20),
+            Size(1, 21, 12, 201),
+            Size(1, 40, 13, 11, head_size=40),
+            Size(1, 40, 13, 11, head_size=7),
+        ],
+    )
+    def test_equals_float64(self, run: Run, size: Size, dtype: str) -> None:
+        arrays = draw(size.queries, size, dtype)
+        (out,) = run(RCDA, arrays, [TensorInfo(size.out, dtype)], {"num_heads": size.heads})
+        assert_close(out, rcda64(arrays, size.heads), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("present", [(True, True), (True, False), (False, True)])
+    def test_masks(self, run: Run, dtype: str, present: tuple[bool, bool]) -> None:
+        size = Size(2, 70, 21, 30)
+        arrays = draw(1, size, dtype)
+        row_mask = np.arange(30) >= np.array([[30], [13]]) if present[0] else None
+        column_mask = np.arange(21) >= np.array([[8], [21]]) if present[1] else None
+        inputs = [*arrays, row_mask, column_mask]
+        (out,) = run(RCDA, inputs, [TensorInfo(size.out, dtype)], {"num_heads": 2})
+        assert_close(out, rcda64(arrays, 2, row_mask, column_mask), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("axis", ["row", "column"])
+    def test_all_masked_gives_nan_in_its_image(self, run: Run, dtype: str, axis: str) -> None:
+        size = Size(2, 40, 12, 18)
+        arrays = draw(2, size, dtype)
+        mask = np.zeros((2, 18 if axis == "row" else 12), bool)
+        mask[1] = True
+        masks = [mask, None] if axis == "row" else [None, mask]
+        (out,) = run(RCDA, [*arrays, *masks], [TensorInfo(size.out, dtype)], {"num_heads": 2})
+        assert np.isnan(out[1].astype(np.float32)).all()
+        assert_close(out[0], rcda64(arrays, 2)[:, 0], dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nan_and_infinity_stay_where_they_belong(self, run: Run, dtype: str) -> None:
+        size = Size(1, 70, 12, 18)
+        arrays = draw(3, size, dtype)
+        arrays[0][0, 5, 3] = np.nan  # query 5, head 0
+        arrays[1][0, 33, 40] = np.inf  # query 33, head 1
+        arrays[4][0, 2, 17, 63] = np.nan  # channel 63
+        (out,) = run(RCDA, arrays, [TensorInfo(size.out, dtype)], {"num_heads": 2})
+        ill = np.zeros(size.out, bool)
+        ill[0, 5, :32] = ill[0, 33, 32:] = ill[..., 63] = True
+        np.testing.assert_array_equal(np.isnan(out.astype(np.float32)), ill)
+        clean = [np.where(np.isfinite(a.astype(np.float32)), a, 0).astype(a.dtype) for a in arrays]
+        expected = rcda64(clean, 2)
+        assert_close(out[~ill], expected[:, ~ill], dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_unaligned_pointers(self, run: Run, dtype: str) -> None:
+        size = Size(1, 70, 12, 18)
+        arrays = draw(4, size, dtype)
+        offset = np.dtype(DTYPES[dtype]).itemsize
+        (out,) = run(RCDA, arrays, [TensorInfo(size.out, dtype)], {"num_heads": 2}, offset=offset)
+        assert_close(out, rcda64(arrays, 2), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_large_scores_and_values(self, run: Run, dtype: str) -> None:
+        size = Size(1, 70, 12, 18)
+        arrays = draw(5, size, dtype)
+        arrays[0] *= 8  # scores of 20 and more: softmaxes close to one key
+        arrays[4] = (arrays[4].astype(np.float32) + 1e4).astype(DTYPES[dtype])
+        (out,) = run(RCDA, arrays, [TensorInfo(size.out, dtype)], {"num_heads": 2})
+        assert_close(out, rcda64(arrays, 2), dtype)
