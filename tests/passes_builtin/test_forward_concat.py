@@ -1,0 +1,72 @@
+"""`forward-concat`: what is taken from a Concat, and what is left of the other operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from optframe_passes.forward_concat import ForwardConcat
+
+Check = Callable[..., Any]
+
+NUMBERS = "int64 i0 = {0}, int64 i1 = {1}, int64 last = {-1}, int64[1] l1 = {1}, int64[1] " + ", int64[1] ".join(
+    f"n{number} = {{{number}}}" for number in range(8)
+)
+STACKED = "p = Relu (a) q = Sigmoid (b) u = Unsqueeze (p, n0) v = Unsqueeze (q, n0) c = Concat <axis = 0> (u, v)"
+JOINED = "p = Relu (a) q = Sigmoid (b) c = Concat <axis = -1> (p, q)"
+
+
+def graph(body: str, rank: int = 2, inputs: str = "float[3,4] a, float[3,2] b") -> str:
+    return f"g ({inputs}) => (float[{','.join('ABCD'[:rank])}] y) <{NUMBERS}> {{ {body} }}"
+
+
+@pytest.mark.parametrize(
+    ("body", "gone"),
+    [
+        (f"{JOINED} s = Slice (c, n4, n6, n1) y = Tanh (s)", {"Slice", "Gather", "Split"}),
+        (f"{JOINED} s, t = Split <axis = 1> (c, sizes) m = Add (s, s) y = Concat <axis = 1> (t, m)", {"Split"}),
+        ("p = Relu (a) s, t = Split <axis = 1, num_outputs = 2> (p) c = Concat <axis = -1> (s, t) y = Tanh (c)",
+         {"Concat"}),
+        ("p = Relu (a) s, t = Split <axis = 1, num_outputs = 2> (p) y = Tanh (t)", {"Split"}),
+    ],
+)  # fmt: skip
+def test_forwarded(body: str, gone: set[str], check: Check) -> None:
+    text = graph(body).replace("<int64 i0", "<int64[2] sizes = {4, 2}, int64 i0")
+    outcome = check(ForwardConcat(), text)
+    assert outcome.result.modified
+    readers = [node.op_type for node in outcome.model.graph if any(value.uses() for value in node.outputs)]
+    assert not gone & {*readers}
+
+
+def test_a_slice_inside_of_one_operand_reads_that(check: Check) -> None:
+    outcome = check(ForwardConcat(), graph(f"{JOINED} s = Slice (c, n1, n3, n1) y = Tanh (s)"))
+    assert outcome.node("Slice").inputs[0].producer().op_type == "Relu"
+
+
+def test_the_last_of_a_stack_is_the_value_that_was_stacked(check: Check) -> None:
+    text = graph(f"{STACKED} s = Gather <axis = 0> (c, last) y = Tanh (s)", inputs="float[N,4] a, float[N,4] b")
+    outcome = check(ForwardConcat(), text)
+    assert outcome.node("Tanh").inputs[0].producer().op_type == "Sigmoid"
+
+
+def test_a_gather_with_a_vector_keeps_its_axis(check: Check) -> None:
+    text = graph(f"{STACKED} s = Gather <axis = 0> (c, l1) y = Tanh (s)", 3, "float[3,4] a, float[3,4] b")
+    outcome = check(ForwardConcat(), text)
+    assert outcome.node("Gather").inputs[0].producer().op_type == "Unsqueeze"
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs"),
+    [
+        (f"{JOINED} s = Slice (c, n3, n5, n1) y = Tanh (s)", "float[3,4] a, float[3,2] b"),
+        (f"{JOINED} s = Slice (c, n0, n2, n0) y = Tanh (s)", "float[3,4] a, float[3,2] b"),
+        (f"{JOINED} s = Slice (c, n0, n2, n1, n2) y = Tanh (s)", "float[3,4] a, float[3,2] b"),
+        (f"{JOINED} s = Slice (c, n1, n2, n1) y = Tanh (s)", "float[3,N] a, float[3,2] b"),
+        (f"{JOINED} s, t = Split <axis = 1, num_outputs = 2> (c) y = Add (s, t)", "float[3,4] a, float[3,2] b"),
+        ("s, t = Split <axis = 1, num_outputs = 2> (a) y = Concat <axis = 1> (t, s)", "float[3,4] a, float[3,2] b"),
+    ],
+)
+def test_left_alone(body: str, inputs: str, check: Check) -> None:
+    assert not check(ForwardConcat(), graph(body, inputs=inputs)).result.modified
