@@ -1,0 +1,193 @@
+"""Calibration: runs a model over samples and watches the tensors that INT8 will need ranges for."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from optframe import graph
+from optframe.backend import Engine, Runner
+from optframe.backends.onnxruntime import OnnxRuntimeBackend
+from optframe.errors import InputError
+from optframe.precision.calibrator import Calibrator, Histogram, calibrator_text
+from optframe.precision.placement import CONVOLUTIONS, Placement, Scope, place, weight_index
+from optframe.precision.ranges import DataHash, Ranges, TensorRange
+from optframe.shapes import inferred, static_shape
+from optframe.types import Feeds, Outputs
+
+Array = np.ndarray[Any, Any]
+
+GROUP_BYTES = 3 << 29
+"""Tensors are watched in groups of 1.5 GiB, each in a run of its own; Anchor DETR at 800x1066 is one group."""
+
+UNKNOWN_BYTES = 1 << 26
+"""What a tensor of unknown shape counts for."""
+
+NO_DATA = "INT8 needs data to calibrate on, and there is none: give at least one sample of real inputs"
+
+
+def calibrate(
+    model: ir.Model,
+    feeds: Iterable[Feeds],
+    calibrator: Calibrator,
+    *,
+    scope: Scope = "default",
+    progress: Callable[[int], None] | None = None,
+) -> Ranges:
+    """Return the ranges that `quantize` needs for `scope`, measured on every sample of `feeds` in onnxruntime.
+
+    `model` is the FP32 model; it stays as it is. Memory does not grow with the number of samples: a histogram of 4096
+    bins is kept for each tensor. `progress` is called after each sample with how many are done.
+
+    Raises:
+        InputError: there are no samples, one does not fit the model, or a tensor gets NaN or infinity.
+    """
+    samples = iter(feeds)
+    first = next(samples, None)
+    if first is None:
+        raise InputError(NO_DATA)
+    shapes = {name: tuple(array.shape) for name, array in first.items()}
+    typed = inferred(model, shapes)
+    watch = _Watch(place(typed, scope, input_shapes=shapes))
+    data, count = DataHash(), 0
+    with tempfile.TemporaryDirectory(prefix="optframe-calibrate-") as folder, ExitStack() as stack:
+        groups = _groups(watch.names(), typed)
+        runners = [stack.enter_context(_open(typed, group, Path(folder) / str(i))) for i, group in enumerate(groups)]
+        for sample in chain([first], samples):
+            for tensors in _run(sample, runners):
+                watch.add(tensors, count)
+            data.add(sample)
+            count += 1
+            if progress is not None:
+                progress(count)
+    return Ranges(
+        tensors=watch.ranges(calibrator),
+        model=graph.fingerprint(model),
+        data=data.text(),
+        calibrator=calibrator_text(calibrator),
+        samples=count,
+        input_shapes=shapes,
+    )
+
+
+class _Watch:
+    """Histograms of the sources of all tensors to quantise, and channel means of what meets constant weights."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._histograms = {_name(value): Histogram() for value in placement.sources.values()}
+        self._means: dict[tuple[str, int], _Mean] = {}
+        for node in placement.products:
+            axis = channel_axis(node)
+            if axis is not None:
+                self._means[_name(node.inputs[0]), axis] = _Mean()
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors to watch."""
+        return list(dict.fromkeys([*self._histograms, *(name for name, _ in self._means)]))
+
+    def add(self, tensors: Outputs, sample: int) -> None:
+        """Take in what the tensors were for sample number `sample`."""
+        for name, histogram in self._histograms.items():
+            if name in tensors:
+                _add(histogram, name, tensors[name], sample)
+        for (name, axis), mean in self._means.items():
+            if name in tensors:
+                mean.add(tensors[name], axis)
+
+    def ranges(self, calibrator: Calibrator) -> dict[str, TensorRange]:
+        """Return threshold and means of each tensor."""
+        thresholds = {name: calibrator.threshold(histogram) for name, histogram in self._histograms.items()}
+        means: dict[str, dict[int, tuple[float, ...]]] = {}
+        for (name, axis), mean in self._means.items():
+            means.setdefault(name, {})[axis] = mean.result()
+        return {name: TensorRange(thresholds.get(name), means.get(name, {})) for name in self.names()}
+
+
+def _add(histogram: Histogram, name: str, array: Array, sample: int) -> None:
+    try:
+        histogram.add(array)
+    except ValueError as error:
+        raise InputError(
+            f"tensor '{name}' has NaN or infinity for calibration sample {sample + 1}: "
+            "leave that sample out, or mend the model"
+        ) from error
+
+
+class _Mean:
+    """The running mean of a tensor for each index along an axis, in float64."""
+
+    def __init__(self) -> None:
+        self._sum: Array | float = 0.0
+        self._count = 0
+
+    def add(self, array: Array, axis: int) -> None:
+        others = tuple(i for i in range(array.ndim) if i != axis % array.ndim)
+        self._sum = self._sum + array.sum(axis=others, dtype=np.float64)
+        self._count += array.size // array.shape[axis]
+
+    def result(self) -> tuple[float, ...]:
+        return tuple(np.atleast_1d(self._sum / max(self._count, 1)).tolist())
+
+
+def channel_axis(node: ir.Node) -> int | None:
+    """Return the axis of a product's first input that its weights' input channels go along, where bias correction can
+    use the means along it: a Conv, or a MatMul or Gemm with its weights on the right."""
+    if weight_index(node) != 1 or node.op_type == "ConvTranspose":
+        return None
+    if node.op_type in CONVOLUTIONS:
+        return 1
+    transposed = node.attributes.get("transA")
+    return 0 if transposed is not None and transposed.as_int() else -1
+
+
+def _name(value: ir.Value | None) -> str:
+    if value is None or not value.name:
+        raise InputError("a tensor to calibrate has no name: name all values of the model")
+    return value.name
+
+
+def _groups(names: Sequence[str], model: ir.Model) -> list[list[str]]:
+    """Return the names of produced tensors in groups of bounded size."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if name in values:
+            size = _bytes(values[name])
+            if size > room:
+                groups.append([])
+                room = GROUP_BYTES
+            groups[-1].append(name)
+            room -= size
+    return groups
+
+
+def _bytes(value: ir.Value) -> int:
+    shape = static_shape(value)
+    return UNKNOWN_BYTES if shape is None else 4 * math.prod(shape)
+
+
+def _open(model: ir.Model, names: Sequence[str], folder: Path) -> Runner:
+    """Return a runner of what `names` need of `model`, with them as its outputs."""
+    part = model.clone()
+    values = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [values[name] for name in names]
+    common.RemoveUnusedNodesPass()(part)
+    path = graph.save(part, folder / "part.onnx")
+    return OnnxRuntimeBackend().open(Engine(path, "onnxruntime", "fp32", "cpu"))
+
+
+def _run(sample: Feeds, runners: Sequence[Runner]) -> Iterator[Outputs]:
+    """Yield all watched tensors of one sample: the inputs themselves, then each runner's."""
+    yield sample
+    for runner in runners:
+        yield runner.run(sample)
