@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 DOMAIN = "optframe.anchordetr"
 
-MINIMUM_OPSET = 12
-"""The functions read their attributes by Constant nodes, which opset 12 brought; older models must be lifted first."""
+MINIMUM_OPSET = 15
+"""The functions return the type they were given by CastLike, which opset 15 brought; older models are lifted first."""
 
 LAYER_NORM = OpSpec(
     name="LayerNorm",
@@ -78,7 +78,7 @@ def layer_norm_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
     Raises:
         InputError: `opset` is below `MINIMUM_OPSET`.
     """
-    body = ["x32 = Cast <to: int = 1> (x)", *_normalization(opset, dtypes), *_as_type("y", "y32", opset, dtypes["x"])]
+    body = ["x32 = Cast <to: int = 1> (x)", *_normalization(opset, dtypes), "y = CastLike (y32, x)"]
     return _function(LAYER_NORM, opset, dtypes, body, "<epsilon: float = 1e-5>")
 
 
@@ -92,10 +92,10 @@ def skip_layer_norm_function(opset: int, dtypes: Mapping[str, str]) -> ir.Functi
         "first = Cast <to: int = 1> (x)",
         "second = Cast <to: int = 1> (skip)",
         "sum32 = Add (first, second)",
-        *_as_type("sum", "sum32", opset, dtypes["x"]),
+        "sum = CastLike (sum32, x)",
         "x32 = Cast <to: int = 1> (sum)",
         *_normalization(opset, dtypes),
-        *_as_type("y", "y32", opset, dtypes["x"]),
+        "y = CastLike (y32, x)",
     ]
     return _function(SKIP_LAYER_NORM, opset, dtypes, body, "<epsilon: float = 1e-5>")
 
@@ -150,8 +150,8 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         "keep2 = Constant <value_ints: ints = [0, 0]> ()",
         "keep3 = Constant <value_ints: ints = [0, 0, 0]> ()",
         "split = Concat <axis: int = 0> (keep2, heads, size)",
-        *_attention("row", "row_mask" if "row_mask" in dtypes else None, opset),
-        *_attention("col", "column_mask" if "column_mask" in dtypes else None, opset),
+        *_attention("row", "row_mask" if "row_mask" in dtypes else None),
+        *_attention("col", "column_mask" if "column_mask" in dtypes else None),
         "v32 = Cast <to: int = 1> (v)",
         "split_v = Concat <axis: int = 0> (keep3, heads, size)",
         "v_heads = Reshape (v32, split_v)",  # (N, h, w, heads, D)
@@ -161,17 +161,17 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         "partial = MatMul (a_row, v_columns)",
         "split_partial = Concat <axis: int = 0> (keep3, height, size)",
         "partial_rows = Reshape (partial, split_partial)",  # (N, heads, L, h, D)
-        *_unsqueezed("a_col_row", "a_col", [3], opset),
+        *_unsqueezed("a_col_row", "a_col", [3]),
         "attended = MatMul (a_col_row, partial_rows)",  # (N, heads, L, 1, D)
         "turned_back = Transpose <perm: ints = [0, 2, 1, 3, 4]> (attended)",
         "merge = Concat <axis: int = 0> (keep2, channels)",
         "out32 = Reshape (turned_back, merge)",
-        *_as_type("out", "out32", opset, dtypes["q_row"], like="q_row"),
+        "out = CastLike (out32, q_row)",
     ]
     return _function(RCDA, opset, dtypes, body, "<num_heads>")
 
 
-def _attention(axis: str, mask: str | None, opset: int) -> list[str]:
+def _attention(axis: str, mask: str | None) -> list[str]:
     """Return the lines that make a_row or a_col (N, heads, L, keys) from q and k."""
     lines = []
     for operand, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1])):
@@ -184,26 +184,16 @@ def _attention(axis: str, mask: str | None, opset: int) -> list[str]:
     lines.append(f"{axis}_scores = MatMul (q_{axis}_turned, k_{axis}_turned)")
     if mask is not None:
         lines += [
-            *_unsqueezed(f"{axis}_padded", mask, [1, 2], opset),
+            *_unsqueezed(f"{axis}_padded", mask, [1, 2]),
             f"{axis}_infinity = Constant <value_float: float = -inf> ()",
             f"{axis}_kept = Where ({axis}_padded, {axis}_infinity, {axis}_scores)",
         ]
     return [*lines, f"a_{axis} = Softmax <axis: int = -1> ({axis}_{'kept' if mask else 'scores'})"]
 
 
-def _unsqueezed(result: str, value: str, axes: Sequence[int], opset: int) -> list[str]:
-    if opset < 13:
-        return [f"{result} = Unsqueeze <axes: ints = {axes}> ({value})"]
+def _unsqueezed(result: str, value: str, axes: Sequence[int]) -> list[str]:
     constant = f"{result}_axes = Constant <value_ints: ints = {axes}> ()"
     return [constant, f"{result} = Unsqueeze ({value}, {result}_axes)"]
-
-
-def _as_type(result: str, value: str, opset: int, dtype: str, like: str = "x") -> list[str]:
-    """Return the line that casts float32 `value` to the type of input `like`; before opset 15 that type is baked in."""
-    if opset >= 15:
-        return [f"{result} = CastLike ({value}, {like})"]
-    code = {"float32": 1, "float16": 10, "bfloat16": 16}[dtype]
-    return [f"{result} = Cast <to: int = {code}> ({value})"]
 
 
 def _function(spec: OpSpec, opset: int, dtypes: Mapping[str, str], body: Sequence[str], attributes: str) -> ir.Function:

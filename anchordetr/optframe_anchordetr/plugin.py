@@ -59,9 +59,9 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
     return [
         PipelineSpec(
             "anchordetr",
-            "precompute-inverse-sigmoid,portable,fuse-layernorm-plugin,fuse-skip-layernorm-plugin,fuse-rcda,"
-            "merge-duplicates,eliminate-dead-code",
-            "portable, then the plugin ops of Anchor DETR, which carry their meaning in standard ops",
+            "infer-shapes,remove-glue-ops,precompute-inverse-sigmoid,clean,fuse-layernorm,fold-conv-scale,fuse-rcda,layout,"
+            "fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
+            "what portable does, and the plugin ops of Anchor DETR, which carry their meaning in standard ops",
         )
     ]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import onnx
 import onnx_ir as ir
 
+from optframe.errors import describe
 from optframe.region import Program
+from optframe.snapshot import subgraphs
 from optframe.types import Feeds
-from optframe.worker import Arrays, Worker, save_arrays
+from optframe.worker import Arrays, Worker, WorkerFailure, save_arrays
 
 WEIGHT_FILE = "weights.bin"
 ALIGNMENT = 4096
@@ -37,9 +39,12 @@ class Exchange:
         """Return, for each of `feeds`, the outputs of `program` in onnxruntime, or what went wrong, in one line.
 
         Raises:
-            WorkerFailure: native code crashed, or took too long.
+            WorkerFailure: native code crashed, or took too long, or the program cannot be written.
         """
-        path = self._write(program)
+        try:
+            path = self._write(program)
+        except Exception as error:  # a full disk, a structure beyond protobuf's 2 GiB, a weight that cannot be read
+            raise WorkerFailure(f"the model cannot be handed to the worker: {describe(error)}") from error
         try:
             return self.worker.run(path, feeds)
         finally:
@@ -50,6 +55,7 @@ class Exchange:
         model.CopyFrom(program.proto)
         for name, tensor in program.weights.items():
             model.graph.initializer.append(self._reference(name, tensor))
+        _drop_repeated_names(model.graph.node, set())
         path = self.worker.new_file(".onnx")
         path.write_bytes(model.SerializeToString())
         return path
@@ -75,3 +81,13 @@ class Exchange:
             file.write(content)
         self._end = offset + len(content)
         return offset, len(content)
+
+
+def _drop_repeated_names(nodes: Iterable[onnx.NodeProto], seen: set[str]) -> None:
+    """Leave nodes without a name where another has it: ONNX allows them, onnxruntime does not."""
+    for node in nodes:
+        if node.name in seen:
+            node.name = ""
+        seen.add(node.name)
+        for graph in subgraphs(node):
+            _drop_repeated_names(graph.node, set())

@@ -74,20 +74,28 @@ class Execution:
 
 
 class Ledger:
-    """Takes down what is final: records, warnings, the dumped models."""
+    """Takes down records and warnings; what is final it hands out: records to the observer, models to the dump."""
 
     def __init__(self, plan: Plan) -> None:
         self.warnings: list[str] = []
         self.records: list[PassRecord] = []
+        self._models: list[Callable[[], ir.Model]] = []
+        self._published = 0
         self._plan = plan
 
     def enter(self, record: PassRecord, model: Callable[[], ir.Model]) -> None:
         """Take down the record of the next pass; `model` gives a copy of the model after it."""
         self.records.append(record)
-        if self._plan.dump and record.modified and record.verified != "rolled-back":
-            graph.save(model(), self._plan.dump / f"{len(self.records):02d}-{record.name}.onnx")
-        if self._plan.on_pass:
-            self._plan.on_pass(record)
+        self._models.append(model)
+
+    def publish(self) -> None:
+        """Hand out what has been entered since the last time."""
+        for number, record in list(enumerate(self.records, 1))[self._published :]:
+            if self._plan.dump and record.modified and record.verified != "rolled-back":
+                graph.save(self._models[number - 1](), self._plan.dump / f"{number:02d}-{record.name}.onnx")
+            if self._plan.on_pass:
+                self._plan.on_pass(record)
+        self._published = len(self.records)
 
     def warn(self, text: str) -> None:
         """Take down a warning, once."""

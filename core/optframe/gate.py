@@ -17,7 +17,7 @@ from optframe import graph
 from optframe.errors import CheckFailed, InputError, OptframeError, describe, unknown_name
 from optframe.exchange import Exchange
 from optframe.execution import Ledger, Plan, execute
-from optframe.numerics import EQUAL
+from optframe.numerics import EQUAL, Verdict
 from optframe.passes import GraphPass
 from optframe.pipeline import Pipeline
 from optframe.records import OptimizeResult, PassRecord, Verified
@@ -110,6 +110,7 @@ def _run_all(plan: Plan, model: ir.Model, ledger: Ledger) -> ir.Model:
             ) from error
         counts, made = execution.after, made + len(execution.ran.allowed)
         ledger.enter(execution.record("skipped"), lambda: workpiece.model.clone())
+        ledger.publish()
     return workpiece.model
 
 
@@ -125,17 +126,25 @@ def _verifier(plan: Plan, original: Snapshot) -> Iterator[Verifier]:
 
 
 def _verify_each(plan: Plan, original: Snapshot, verifier: Verifier) -> OptimizeResult:
-    ledger = Ledger(plan)
-    model, final = Gate(plan, original, verifier, ledger).run()
-    verdict = EQUAL if final is original else verifier.verify_whole(final)
-    if verdict.status == "different":
-        doubtful = [record.name for record in ledger.records if record.verified == "unverified"]
-        which = f"each pass that could be verified alone does not (not verified: {', '.join(doubtful)})"
-        raise CheckFailed(
-            f"the result differs from the model, although {which if doubtful else 'each pass alone does not'}: "
-            f"{verdict.reason}; --verify off gives the result as it is"
-        )
-    return ledger.result(model, verdict, verifier.remarks)
+    """Verify each pass, and the whole at the end; where only the latter differs, each pass again, on that input too."""
+    while True:
+        ledger = Ledger(plan)
+        model, final = Gate(plan, original, verifier, ledger).run()
+        verdict = EQUAL if final is original else verifier.verify_whole(final)
+        if verdict.status != "different":
+            ledger.publish()
+            return ledger.result(model, verdict, verifier.remarks)
+        if not verifier.add_step_sample(verdict.sample):
+            raise CheckFailed(_unexplained(ledger, verdict))
+
+
+def _unexplained(ledger: Ledger, verdict: Verdict) -> str:
+    unsure = [record.name for record in ledger.records if record.verified == "unverified"]
+    which = f"what could be verified of each pass is equal (not verified: {', '.join(unsure)})"
+    return (
+        f"the result differs from the model, although {which if unsure else 'after each pass alone it is equal'}: "
+        f"{verdict.reason} (on {verdict.sample}); --verify off gives the result as it is"
+    )
 
 
 def _verify_end(plan: Plan, model: ir.Model, original: Snapshot, verifier: Verifier) -> OptimizeResult:

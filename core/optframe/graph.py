@@ -149,14 +149,38 @@ def count_nodes(model: ir.Model, kernel_ops: Collection[str] = ()) -> int:
     return op_histogram(model, kernel_ops).total()
 
 
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of an initialiser (no graph input) or of a Constant node, unread; None for other values.
+
+    Nothing is written to the model, as `onnx_ir.convenience.get_const_tensor` does with the names of tensors.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    node = value.producer()
+    if node is None:
+        return value.const_value
+    if node.op_type != "Constant" or node.domain not in ONNX_DOMAINS or len(node.attributes) != 1:
+        return None
+    return _tensor_of_attribute(next(iter(node.attributes.values())))
+
+
+def _tensor_of_attribute(attribute: ir.Attr) -> ir.TensorProtocol | None:
+    dtypes = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    if attribute.is_ref():
+        return None
+    if attribute.name == "value":
+        return attribute.as_tensor()
+    if attribute.name in dtypes:
+        return ir.Tensor(np.array(attribute.value, dtypes[attribute.name]))
+    if attribute.name in ("value_string", "value_strings"):
+        return ir.StringTensor(np.array(attribute.value, np.bytes_))
+    return None
+
+
 def constant(value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
     """Return the array behind `value` if it is an initialiser (no graph input) or the output of a Constant node."""
-    if value is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or value.is_graph_input():
-        return None
-    return tensor.numpy()
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -181,8 +181,5 @@ def _show_written(written: Written) -> str:
 def show_options(step: GraphPass) -> str:
     """Return the options of `step` that differ from their defaults, as `a=1,b=two`; empty where none does."""
     kinds = option_types(type(step))
-    shown = {field.name: getattr(step, field.name) for field in fields(step) if field.init}
-    defaults = {field.name: option_default(field) for field in fields(step)}
-    return ",".join(
-        f"{name}={show_value(kinds[name], value)}" for name, value in shown.items() if value != defaults[name]
-    )
+    options = [(field.name, getattr(step, field.name), option_default(field)) for field in fields(step) if field.init]
+    return ",".join(f"{name}={show_value(kinds[name], value)}" for name, value, default in options if value != default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +57,11 @@ class Sampler:
         for seed in range(DRAWS):
             if len(samples) < count:
                 try:
-                    samples += self._accepted([(f"random input {seed}", draw(seed))])
+                    drawn = draw(seed)
                 except InputError as error:
                     self._remark(str(error))
+                else:
+                    samples += self._accepted([(f"random input {seed}", drawn)])
         if samples:
             self.remarks[:] = earlier  # that other draws did not suit the model says nothing about it
         return samples
@@ -75,17 +77,24 @@ class Sampler:
         return None if isinstance(outputs, str) else outputs
 
     def _accepted(self, tried: Sequence[tuple[str, Feeds]]) -> list[Sample]:
-        if not tried:
+        saved = [(label, feeds, path) for label, feeds in tried for path in self._saved(label, feeds)]
+        if not saved:
             return []
-        paths = [self._exchange.save_feeds(feeds) for _, feeds in tried]
-        results = run(self._exchange, Program(self._original.proto, self._original.weights), paths)
+        program = Program(self._original.proto, self._original.weights)
+        results = run(self._exchange, program, [path for _, _, path in saved])
         samples = []
-        for (label, feeds), path, outputs in zip(tried, paths, results, strict=True):
+        for (label, feeds, path), outputs in zip(saved, results, strict=True):
             if isinstance(outputs, str):
                 self._remark(f"the model itself does not run: {outputs}", f" (on {label})")
             else:
                 samples.append(Sample(label, feeds, path, outputs))
         return samples
+
+    def _saved(self, label: str, feeds: Feeds) -> Iterator[Path]:
+        try:
+            yield self._exchange.save_feeds(feeds)
+        except TypeError as error:
+            self._remark(f"{label} cannot be used: {error}")
 
     def _remark(self, text: str, detail: str = "") -> None:
         if not any(remark.startswith(text) for remark in self.remarks):

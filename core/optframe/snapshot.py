@@ -69,15 +69,18 @@ class Snapshot:
         """For each function a digest of all that it computes, functions that it calls included."""
         digests: dict[OpId, bytes] = {}
         for identifier in self.functions:
-            self._digest(identifier, digests)
+            self._function_digest(identifier, digests)
         return digests
 
-    def _digest(self, identifier: OpId, digests: dict[OpId, bytes]) -> bytes:
+    def _function_digest(self, identifier: OpId, digests: dict[OpId, bytes]) -> bytes:
         if identifier not in digests:
             digests[identifier] = b""  # functions cannot be recursive; an invalid model must not hang us
             function = self.functions[identifier]
             called = sorted({op for op in ops_of(function.node) if op in self.functions})
-            parts = [function.SerializeToString(deterministic=True), *(self._digest(op, digests) for op in called)]
+            parts = [
+                function.SerializeToString(deterministic=True),
+                *(self._function_digest(op, digests) for op in called),
+            ]
             digests[identifier] = hashlib.sha256(b"".join(parts)).digest()
         return digests[identifier]
 
@@ -97,7 +100,18 @@ class Snapshot:
 
     def same(self, other: Snapshot, types: bool = True) -> bool:
         """Whether both are the same model; without `types`, those written beside values may differ."""
-        return _normal(self.proto, types) == _normal(other.proto, types) and self._same_weights(other)
+        if self is other:
+            return True
+        digests = (self._typed_digest, other._typed_digest) if types else (self._digest_of_ops, other._digest_of_ops)
+        return digests[0] == digests[1] and self._same_weights(other)
+
+    @cached_property
+    def _typed_digest(self) -> bytes:
+        return _digest(self.proto, types=True)
+
+    @cached_property
+    def _digest_of_ops(self) -> bytes:
+        return _digest(self.proto, types=False)
 
     def _same_weights(self, other: Snapshot) -> bool:
         return self.weights.keys() == other.weights.keys() and all(
@@ -110,8 +124,8 @@ def is_weight(tensor: ir.TensorProtocol | None) -> bool:
     return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > WEIGHT_BYTES
 
 
-def _normal(proto: onnx.ModelProto, types: bool) -> onnx.ModelProto:
-    """Return a copy in which what has no order is sorted, without the types of values unless `types`."""
+def _digest(proto: onnx.ModelProto, types: bool) -> bytes:
+    """Return a digest of `proto`, whatever the order of what has none; without the types of values unless `types`."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for graph in [copy.graph, *(inner for node in copy.graph.node for inner in subgraphs(node, recursive=True))]:
@@ -121,7 +135,7 @@ def _normal(proto: onnx.ModelProto, types: bool) -> onnx.ModelProto:
             del graph.value_info[:]
     for function in copy.functions if not types else ():
         del function.value_info[:]
-    return copy
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).digest()
 
 
 def subgraphs(node: onnx.NodeProto, recursive: bool = False) -> Iterator[onnx.GraphProto]:

@@ -62,14 +62,21 @@ class Verifier:
         fixed = all(is_fixed(tensor_type(value)) for value in self._original.inputs)
         return self._sampler.random(self._draw, 1 if fixed and self._real else 2)
 
-    @property
+    @cached_property
     def _step_samples(self) -> list[Sample]:
-        """What each pass is verified on: one real input if there is one, and one random one."""
-        return [*self._real[:1], *self._random[:1]]
+        """What each pass is verified on: one real input if there is one, and the random ones."""
+        return [*self._real[:1], *self._random]
+
+    def add_step_sample(self, label: str) -> bool:
+        """Verify each pass on the input called `label` too; return whether that is new."""
+        present = {sample.label for sample in self._step_samples}
+        new = [sample for sample in self._real if sample.label == label and label not in present]
+        self._step_samples.extend(new)
+        return bool(new)
 
     def feeds(self, label: str) -> Feeds | None:
         """Return the input called `label`, or any, for a reproducer; None if the model runs on none."""
-        by_label = {sample.label: sample.feeds for sample in [*self._step_samples, *self._real, *self._random]}
+        by_label = {sample.label: sample.feeds for sample in [*self._real, *self._random]}
         return by_label.get(label, next(iter(by_label.values()), None))
 
     def structure_problem(self, before: Snapshot, after: Snapshot) -> str | None:

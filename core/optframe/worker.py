@@ -67,7 +67,9 @@ class Worker:
         return self.folder / f"{self._files:05d}{suffix}"
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        process = self._process = self._process or self._start()
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+        process = self._process
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(request) + "\n")
@@ -200,13 +202,12 @@ def _run(request: Mapping[str, Any]) -> dict[str, list[str | None]]:
     options = ort.SessionOptions()
     # What onnxruntime makes of a graph when it optimises is neither the model's meaning nor ours to answer for.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False  # gives memory back as soon as a tensor is dead
-    options.enable_mem_pattern = False
     options.log_severity_level = 4
     try:
         session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        return {"errors": [_one_line(error)] * len(request["feeds"])}
+        message = _one_line(error).replace(request["model"], "it")
+        return {"errors": [message] * len(request["feeds"])}
     names = [output.name for output in session.get_outputs()]
     return {
         "errors": [

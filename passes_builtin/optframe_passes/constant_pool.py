@@ -8,10 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import constant_tensor
 from optframe.passes import PassContext
 from optframe_passes.edit import Array, is_onnx, onnx_version
 from optframe_passes.evaluate import evaluate
 from optframe_passes.propagate import Propagation
+
+NUMERIC = frozenset(
+    ir.DataType.from_numpy(np.dtype(code))
+    for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
+)
+"""Types that numpy has, so that onnxruntime can hand a result over."""
 
 WORKING_BYTES = 256 << 20
 """What one node may make on the way to a smaller result."""
@@ -54,13 +61,13 @@ class ConstantPool:
         producer = value.producer()
         if producer in self._nodes:
             return True
-        return (producer is None or is_onnx(producer, "Constant")) and tensor_of(value) is not None
+        return (producer is None or is_onnx(producer, "Constant")) and constant_tensor(value) is not None
 
     def content(self, value: ir.Value) -> Array:
         """Return the array behind a constant `value` that has been evaluated, or never needs to be."""
         if value in self.arrays:
             return self.arrays[value]
-        tensor = tensor_of(value)
+        tensor = constant_tensor(value)
         assert tensor is not None, "asked only for what is constant"
         return tensor.numpy()
 
@@ -141,13 +148,4 @@ class ConstantPool:
                 del self._nodes[node]
 
 
-def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """Return the tensor of an initialiser or of the output of a Constant node, unread; None for other values."""
-    return None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
-
-
-NUMERIC = frozenset(
-    ir.DataType.from_numpy(np.dtype(code))
-    for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
-)
-"""Types that numpy has, so that onnxruntime can hand a result over."""
+tensor_of = constant_tensor

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS
+from optframe.graph import ONNX_DOMAINS, constant_tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -69,18 +69,17 @@ def ints_option(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
 
 def small_constant(value: ir.Value | None, limit: int = 1024) -> Array | None:
     """Return the array behind a constant `value` of at most `limit` elements, else None; weights stay on disk."""
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = constant_tensor(value)
     return None if tensor is None or tensor.size > limit else tensor.numpy()
 
 
 class FreshNames:
-    """Names of values that no graph of a model uses, so that moved and new values never shadow others."""
+    """Names of values that no graph or function of a model uses: moved and new values never shadow others."""
 
     def __init__(self, model: ir.Model) -> None:
         self._uses: Counter[str] = Counter()
-        for graph in model.graphs():
+        bodies = [function.graph for function in model.functions.values()]
+        for graph in [*model.graphs(), *bodies, *(inner for body in bodies for inner in body.subgraphs())]:
             self._uses.update({*graph.initializers, *(value.name for value in graph.inputs if value.name)})
             self._uses.update(value.name for node in graph for value in node.outputs if value.name)
 

@@ -74,7 +74,7 @@ def _source(node: ir.Node, known: Propagation) -> ir.Value | None:
     """Return the input that the only used output of `node` equals, None if there is none."""
     rule = _RULES.get(node.op_type)
     others_used = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-    if rule is None or not node.outputs or others_used:
+    if rule is None or not node.inputs or not node.outputs or others_used:
         return None
     return rule(node, known)
 
@@ -83,7 +83,7 @@ Rule: TypeAlias = Callable[[ir.Node, Propagation], ir.Value | None]
 
 
 def _first(node: ir.Node, known: Propagation) -> ir.Value | None:
-    return node.inputs[0] if node.inputs else None
+    return node.inputs[0]
 
 
 def _only(node: ir.Node, known: Propagation) -> ir.Value | None:
@@ -143,7 +143,7 @@ def _neutral(number: float, sides: tuple[int, ...]) -> Rule:
     """Return the rule of a binary op for which `number`, on one of `sides`, leaves the other operand as it is."""
 
     def rule(node: ir.Node, known: Propagation) -> ir.Value | None:
-        for side in sides:
+        for side in sides if len(node.inputs) == 2 else ():
             operand, other = node.inputs[side], node.inputs[1 - side]
             content = small_constant(operand)
             dims, dtype = known.dims(other), known.dtype(other)

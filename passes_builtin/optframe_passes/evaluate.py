@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from optframe.graph import constant
+from optframe.graph import constant, constant_tensor
 from optframe_passes.edit import Array, deterministic, is_onnx, subgraphs
 
 _IR_VERSION = 10
 """Of the models made here: old enough for every onnxruntime that is supported, new enough for every opset."""
 
 _SMALL_BYTES = 1 << 12
-"""Constants up to this size are part of the session's model: shape inference reads the targets of reshapes there."""
+"""Integers up to this size are part of the session's model: shape inference reads the targets of reshapes there."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,18 @@ def _run(
     names: dict[ir.Value, str] = {}
     protos = [_node_proto(node, names) for node in nodes]
     made = {value for node in nodes for value in node.outputs}
-    outside = {name: content(value) for value, name in names.items() if value not in made}
-    weights = {name: np.require(array, requirements=["C", "A"]) for name, array in outside.items()}
+    outside = {
+        name: np.require(content(value), requirements=["C"]) for value, name in names.items() if value not in made
+    }
+    # Weights go in as inputs: they are never copied into a protobuf message, whose size is limited, and kernels do not
+    # pack them, which changes the order of summation. That is how onnxruntime itself folds constants, bit by bit.
+    feeds = {name: array for name, array in outside.items() if array.dtype.kind == "f" or array.nbytes > _SMALL_BYTES}
     graph = onnx.helper.make_graph(
         protos,
         "constants",
-        [],
+        [_tensor_info(name, array) for name, array in feeds.items()],
         [onnx.ValueInfoProto(name=names[value]) for value in wanted],
-        [_declaration(name, array) for name, array in weights.items()],
+        [onnx.numpy_helper.from_array(array, name) for name, array in outside.items() if name not in feeds],
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in opset_imports.items()]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
@@ -100,12 +104,8 @@ def _run(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False
-    # Weights have to be initialisers, since kernels then pack them and add up in the order of a real run; large ones
-    # are handed over beside the model, never copied into a protobuf message, whose size is limited.
-    large = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items() if _is_large(array)}
-    options.add_external_initializers(list(large), list(large.values()))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip(wanted, session.run([names[value] for value in wanted], {}), strict=True))
+    return dict(zip(wanted, session.run([names[value] for value in wanted], feeds), strict=True))
 
 
 def _node_proto(node: ir.Node, names: dict[ir.Value, str]) -> onnx.NodeProto:
@@ -122,18 +122,8 @@ def _node_proto(node: ir.Node, names: dict[ir.Value, str]) -> onnx.NodeProto:
     return proto
 
 
-def _is_large(array: Array) -> bool:
-    return array.nbytes > _SMALL_BYTES
-
-
-def _declaration(name: str, array: Array) -> onnx.TensorProto:
-    """Return the initialiser for `array`, without its content if that is large and comes from elsewhere."""
-    if not _is_large(array):
-        return onnx.numpy_helper.from_array(array, name)
-    dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-    stub = onnx.TensorProto(name=name, data_type=dtype, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL)
-    stub.external_data.add(key="location", value="beside")
-    return stub
+def _tensor_info(name: str, array: Array) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
 
 
 def evaluate_value(value: ir.Value, opset_imports: Mapping[str, int]) -> Array | None:
@@ -160,7 +150,7 @@ def _constant_ancestors(value: ir.Value) -> list[ir.Node] | None:
         current, inputs_done = stack.pop()
         node = current.producer()
         if node is None or is_onnx(node, "Constant"):
-            if current.is_graph_input() or (current.const_value is None and node is None):
+            if constant_tensor(current) is None:
                 return None
         elif inputs_done:
             order[node] = None

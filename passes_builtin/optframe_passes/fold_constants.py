@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import constant_tensor
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes import shape_data
-from optframe_passes.constant_pool import NUMERIC, WORKING_BYTES, ConstantPool, tensor_of
+from optframe_passes.constant_pool import NUMERIC, WORKING_BYTES, ConstantPool
 from optframe_passes.edit import (
     Array,
     FreshNames,
@@ -97,7 +98,7 @@ class _Folding:
         value = node.outputs[0]
         if value.is_graph_output() or len(node.attributes) != 1 or "sparse_value" in node.attributes:
             return
-        tensor = tensor_of(value)
+        tensor = constant_tensor(value)
         if tensor is None or not self._context.allow(node):
             return
         new = ir.Value(name=self._free_name(value), type=ir.TensorType(tensor.dtype), const_value=tensor)

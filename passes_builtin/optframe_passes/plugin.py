@@ -13,6 +13,11 @@ def optframe_passes() -> Iterable[PassSpec]:
     """Register every generic pass."""
     return [
         PassSpec(
+            "compose-layout",
+            "optframe_passes.compose_layout:ComposeLayout",
+            "make chains of Reshape and Transpose as short as they can be",
+        ),
+        PassSpec(
             "eliminate-dead-code",
             "optframe_passes.eliminate_dead_code:EliminateDeadCode",
             "remove nodes, weights and functions that nothing uses",
@@ -23,12 +28,32 @@ def optframe_passes() -> Iterable[PassSpec]:
             "remove nodes that return what they were given",
         ),
         PassSpec(
+            "flatten-tokens",
+            "optframe_passes.flatten_tokens:FlattenTokens",
+            "let transformers work on matrices of tokens where that saves nodes",
+        ),
+        PassSpec(
             "fold-constants", "optframe_passes.fold_constants:FoldConstants", "evaluate what depends on constants alone"
         ),
         PassSpec(
             "fold-conv-scale",
             "optframe_passes.fold_conv_scale:FoldConvScale",
             "fold batch norms, scales and shifts into convolutions",
+        ),
+        PassSpec(
+            "fold-where",
+            "optframe_passes.fold_where:FoldWhere",
+            "remove Where and logic under masks of one value",
+        ),
+        PassSpec(
+            "forward-concat",
+            "optframe_passes.forward_concat:ForwardConcat",
+            "take what is taken from a Concat from its operand",
+        ),
+        PassSpec(
+            "fuse-groupnorm",
+            "optframe_passes.fuse_groupnorm:FuseGroupNorm",
+            "make native GroupNormalization nodes (opset 21)",
         ),
         PassSpec(
             "fuse-layernorm", "optframe_passes.fuse_layernorm:FuseLayerNorm", "make native LayerNormalization nodes"
@@ -52,5 +77,14 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
             "lift-opset,fold-constants,eliminate-identity,merge-duplicates,eliminate-dead-code",
             "what every model wants: constants, duplicates and dead code gone",
         ),
-        PipelineSpec("portable", "clean,fuse-layernorm,fold-conv-scale,eliminate-dead-code", "standard ops only"),
+        PipelineSpec(
+            "layout",
+            "forward-concat,fold-where,compose-layout,flatten-tokens,compose-layout",
+            "as few Reshape, Transpose, Concat and Where nodes as the model needs",
+        ),
+        PipelineSpec(
+            "portable",
+            "clean,fuse-layernorm,fold-conv-scale,layout,merge-duplicates,eliminate-dead-code",
+            "standard ops only: runs wherever the model ran",
+        ),
     ]

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx import defs, shape_inference
 
-from optframe.graph import ONNX_DOMAINS
+from optframe.graph import ONNX_DOMAINS, constant_tensor
 from optframe_passes import shape_data
 from optframe_passes.edit import Array, onnx_version, small_constant, subgraphs
 from optframe_passes.shape_data import MAX_ELEMENTS, UNKNOWN, Dim, Element, Elements
@@ -296,7 +296,7 @@ class Propagation:
         return shape_data.reshaped(source, target, bool(node.attributes.get_int("allowzero", 0)))
 
     def _infer_constant(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
-        tensor = ir.convenience.get_const_tensor(node.outputs[0]) if len(node.attributes) == 1 else None
+        tensor = constant_tensor(node.outputs[0])
         if tensor is None:
             return {}
         return {"o0": onnx.helper.make_tensor_type_proto(tensor.dtype.value, tensor.shape.numpy())}

@@ -25,6 +25,8 @@ from optframe_anchordetr.model.attention import MultiHeadAttention, RowColumnAtt
 from optframe_anchordetr.ops import DOMAIN, OPS
 from optframe_anchordetr.passes.fuse_rcda import FuseRCDA
 from optframe_anchordetr.passes.layouts import aligned, moved, multiplied, regroup, reshape_target
+from optframe_passes.edit import add_initializer
+from optframe_passes.lift_opset import LiftOpset
 
 Array = np.ndarray[Any, Any]
 REGISTERED = {spec.identifier: spec for spec in OPS}
@@ -101,6 +103,7 @@ def exported(
 
 
 def fuse(model: ir.Model, **options: Any) -> tuple[PassResult, list[str]]:
+    LiftOpset().run(model, PassContext())
     context = PassContext(ops=REGISTERED, pass_name="fuse-rcda", **options)
     return FuseRCDA().run(model, context), [miss.reason for miss in context.near_misses]
 
@@ -260,6 +263,28 @@ def masked_by(filler: str, condition: str) -> tuple[str, str]:
     return ("row = Softmax <axis = 3> (rs)", f"{made} row = Softmax <axis = 3> (w)")
 
 
+def test_constant_queries_that_were_turned_when_they_were_folded() -> None:
+    """As the first decoder layer's are, which depend on no image."""
+    model = written_out()
+    inputs = drawn(model)
+    before = run(model, *inputs)[0]
+    for name, data in (("a2", inputs[0]), ("c2", inputs[1])):
+        old = next(value for node in model.graph for value in node.outputs if value.name == name)
+        array = data.reshape(1, 6, 2, 4).transpose(0, 2, 1, 3)
+        folded = add_initializer(model.graph, f"{name}_folded", array)
+        old.replace_all_uses_with(folded)
+    assert fuse(model)[0] == PassResult(True, 1)
+    (call,) = (node for node in model.graph if node.op_type == "RCDA")
+    assert [value.name for value in call.inputs if value is not None] == [
+        "a2_folded_q_row",
+        "c2_folded_q_col",
+        "kr",
+        "kc",
+        "v",
+    ]
+    np.testing.assert_allclose(run(model, *inputs)[0], before, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -312,6 +337,13 @@ def test_moved_values_that_others_use_stay_and_the_rest_goes() -> None:
     assert graph.op_histogram(model, REGISTERED) == {RCDA: 1, "Reshape": 1, "Transpose": 1, "Neg": 1}
     for got, expected in zip(run(model, *inputs), before, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_older_models_must_be_lifted_first() -> None:
+    model = ir.from_proto(onnx.load_from_string(exported("row-first", SIZES[0], False, "torchscript", 13, False)))
+    context = PassContext(ops=REGISTERED)
+    assert FuseRCDA().run(model, context) == PassResult(False, 0)
+    assert [miss.reason for miss in context.near_misses] == ["the plugin op needs opset 15: run lift-opset first"]
 
 
 def test_multi_head_attention_is_left_alone() -> None:

@@ -62,7 +62,7 @@ def layer_norm64(x: Array, epsilon: float) -> Array:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
 
 
-OPSETS = [12, 17, 18]
+OPSETS = [15, 17, 18]
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -188,9 +188,9 @@ def test_a_query_whose_keys_are_all_masked_is_nan_alone(rng: np.random.Generator
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_functions_need_opset_12(spec: OpSpec) -> None:
+def test_functions_need_opset_15(spec: OpSpec) -> None:
     dtypes = {parameter.name: parameter.dtypes[0] for parameter in spec.inputs}
-    with pytest.raises(InputError, match="needs opset 12, the model has 11: lift it first"):
+    with pytest.raises(InputError, match="needs opset 15, the model has 14: lift it first"):
         spec.build_function(MINIMUM_OPSET - 1, dtypes)
 
 

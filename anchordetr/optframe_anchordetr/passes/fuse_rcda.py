@@ -16,6 +16,7 @@ from optframe.types import OpSpec
 from optframe_anchordetr.ops import DOMAIN, MINIMUM_OPSET, RCDA
 from optframe_anchordetr.passes.layouts import (
     MOVING,
+    Group,
     Layout,
     Sizes,
     aligned,
@@ -28,7 +29,7 @@ from optframe_anchordetr.passes.layouts import (
     shape_of,
 )
 from optframe_anchordetr.passes.sampled_shapes import ensure_type, sampled_shapes
-from optframe_passes.edit import FreshNames, add_initializer, graph_of, is_onnx, small_constant
+from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, small_constant
 from optframe_passes.propagate import Propagation
 from optframe_passes.shape_data import Dim
 
@@ -42,6 +43,14 @@ CANONICAL: Mapping[str, Layout] = {
     "column_mask": (("n",), ("y",)),
 }
 """Axes of the op's inputs: image, query, row y, column x, and channels, which are head by head."""
+
+FOLDED: Mapping[str, Group] = {
+    "q_row": ("n", "heads", "l", "d"),
+    "q_col": ("n", "heads", "l", "d"),
+    "k_row": ("n", "heads", "d", "x"),
+    "k_col": ("n", "heads", "d", "y"),
+}
+"""Order of the elements where a query or key is constant, and constant folding has turned it for its product."""
 
 OUTPUT: Layout = (("n",), ("l",), ("heads", "d"))
 
@@ -61,7 +70,7 @@ class FuseRCDA(GraphPass):
     """
 
     name: ClassVar[str] = "fuse-rcda"
-    after: ClassVar[tuple[str, ...]] = ("lift-opset", "fold-constants", "fuse-layernorm", "fuse-layernorm-plugin")
+    after: ClassVar[tuple[str, ...]] = ("lift-opset", "fold-constants", "fuse-layernorm")
     domains: ClassVar[tuple[str, ...]] = (DOMAIN,)
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
@@ -172,10 +181,18 @@ def _made_by(node: ir.Node | None, index: int, *op_types: str) -> ir.Node | None
 
 
 @dataclass(frozen=True)
+class _Operand:
+    """What becomes an input of the op: a value with its elements in the op's order, or a constant in `order`."""
+
+    value: ir.Value
+    order: Group | None = None
+
+
+@dataclass(frozen=True)
 class _Match:
     """What the op takes and writes at one sample: inputs by name, sizes of all axes, the value that it makes."""
 
-    inputs: Mapping[str, ir.Value]
+    inputs: Mapping[str, _Operand]
     sizes: Sizes
     output: ir.Value
 
@@ -243,10 +260,10 @@ def _attention_sizes(attention: _Attention, known: Propagation) -> tuple[int, ..
     return (images, heads, queries, query[-1], keys)
 
 
-def _input(name: str, chain: list[ir.Value], sizes: Sizes, known: Propagation) -> tuple[ir.Value, Layout]:
+def _input(name: str, chain: list[ir.Value], sizes: Sizes, known: Propagation) -> tuple[_Operand, Layout]:
     """Return what the op takes as input `name`, and the layout of the chain's end.
 
-    That is the first value of the chain in the op's own shape, or else the first that reshapes to it.
+    That is the first value of the chain in the op's own shape, or else the first that reshapes to it, or a constant.
     """
     wanted = shape_of(CANONICAL[name], sizes)
     own_shape = [index for index, value in enumerate(chain) if known.dims(value) == wanted]
@@ -256,8 +273,16 @@ def _input(name: str, chain: list[ir.Value], sizes: Sizes, known: Propagation) -
             layout = regroup(flat(CANONICAL[name]), sizes, known.dims(chain[first]))
             end = moved(chain[first:], layout, sizes, known)
             if end is not None:
-                return chain[index], end
+                return _Operand(chain[index]), end
+    folded = regroup(FOLDED[name], sizes, known.dims(chain[-1])) if name in FOLDED else None
+    if folded is not None and _constant(chain[-1]) is not None:
+        return _Operand(chain[-1], FOLDED[name]), folded
     raise _Mismatch(f"what would be {name} does not have the shape {_text(name)}")
+
+
+def _constant(value: ir.Value) -> Array | None:
+    """Return the array behind a constant query or key of any usual size."""
+    return small_constant(value, limit=1 << 24)
 
 
 def _text(name: str) -> str:
@@ -330,10 +355,19 @@ def _between(node: ir.Node, inputs: Collection[ir.Value]) -> Iterator[ir.Node]:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The rewrite: what the op takes and makes, each with its target where a Reshape must stand between."""
+class _Source:
+    """An input of the op: `value`, through a Reshape if it has a `target`, or the constant `array` in its place."""
 
-    inputs: Mapping[str, tuple[ir.Value, Sequence[int] | None]]
+    value: ir.Value
+    target: Sequence[int] | None = None
+    array: Array | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The rewrite: what the op takes, and the value that its result becomes, through a Reshape if it has a target."""
+
+    inputs: Mapping[str, _Source]
     output: ir.Value
     output_target: Sequence[int] | None
     heads: int
@@ -345,20 +379,25 @@ def _plan(core: _Core, samples: Sequence[Propagation], version: int) -> _Plan:
     if version < MINIMUM_OPSET:
         raise _Mismatch(f"the plugin op needs opset {MINIMUM_OPSET}: run lift-opset first")
     matches = [_match(core, known, version) for known in samples]
-    match = matches[0]
-    if any(
-        (m.inputs, m.output, m.sizes["heads"]) != (match.inputs, match.output, match.sizes["heads"]) for m in matches
-    ):
+    match, sizes = matches[0], [m.sizes for m in matches]
+    heads = match.sizes["heads"]
+    if any((m.inputs, m.output, m.sizes["heads"]) != (match.inputs, match.output, heads) for m in matches):
         raise _Mismatch("it is another computation at another size")
-    shapes = {name: [shape_of(CANONICAL[name], m.sizes) for m in matches] for name in match.inputs}
-    inputs = {
-        name: (value, _target([known.dims(value) for known in samples], shapes[name]))
-        for name, value in match.inputs.items()
-    }
-    results = [shape_of(OUTPUT, m.sizes) for m in matches]
+    inputs = {name: _source_of(name, operand, sizes, samples) for name, operand in match.inputs.items()}
+    results = [shape_of(OUTPUT, each) for each in sizes]
     output_target = _target(results, [known.dims(match.output) for known in samples])
-    nodes = _nodes([*match.inputs.values()], match.output)
-    return _Plan(inputs, match.output, output_target, match.sizes["heads"], nodes)
+    nodes = _nodes([source.value for source in inputs.values()], match.output)
+    return _Plan(inputs, match.output, output_target, heads, nodes)
+
+
+def _source_of(name: str, operand: _Operand, sizes: Sequence[Sizes], samples: Sequence[Propagation]) -> _Source:
+    shapes = [shape_of(CANONICAL[name], each) for each in sizes]
+    array = _constant(operand.value) if operand.order is not None else None
+    if operand.order is None or array is None:
+        return _Source(operand.value, _target([known.dims(operand.value) for known in samples], shapes))
+    atoms = array.reshape([sizes[0][atom] for atom in operand.order])
+    turned = atoms.transpose([operand.order.index(atom) for atom in flat(CANONICAL[name])])
+    return _Source(operand.value, array=turned.reshape(shapes[0]))
 
 
 def _target(befores: Sequence[Sequence[Dim] | None], afters: Sequence[Sequence[Dim] | None]) -> Sequence[int] | None:
@@ -381,9 +420,9 @@ def _fuse(
     except _Mismatch as mismatch:
         context.near_miss(core.outer, str(mismatch))
         return False
-    for value, _ in plan.inputs.values():
-        ensure_type(value, samples[0])
-    reason = ops.refusal(spec, [plan.inputs.get(parameter.name, (None,))[0] for parameter in spec.inputs])
+    for source in plan.inputs.values():
+        ensure_type(source.value, samples[0])
+    reason = ops.refusal(spec, [plan.inputs[name].value if name in plan.inputs else None for name in CANONICAL])
     if reason is not None:
         context.near_miss(core.outer, reason)
         return False
@@ -394,18 +433,25 @@ def _fuse(
 
 
 def _rewrite(model: ir.Model, spec: OpSpec, plan: _Plan, names: FreshNames, context: PassContext) -> None:
-    nodes: list[ir.Node] = []
+    graph, nodes = graph_of(plan.nodes[-1]), list[ir.Node]()
 
     def reshaped(value: ir.Value, target: Sequence[int] | None) -> ir.Value:
         if target is None:
             return value
-        graph = graph_of(plan.nodes[-1])
         shape = add_initializer(graph, names(f"{value.name or 'rcda'}_shape"), np.array(target, np.int64))
         nodes.append(ir.node("Reshape", [value, shape]))
         nodes[-1].outputs[0].type = value.type
         return nodes[-1].outputs[0]
 
-    inputs = [reshaped(*plan.inputs[name]) if name in plan.inputs else None for name in CANONICAL]
+    inputs: list[ir.Value | None] = []
+    for name in CANONICAL:
+        source = plan.inputs.get(name)
+        if source is None:
+            inputs.append(None)
+        elif source.array is not None:
+            inputs.append(add_initializer(graph, names(f"{source.value.name}_{name}"), source.array))
+        else:
+            inputs.append(reshaped(source.value, source.target))
     nodes.append(ops.call(model, spec, inputs, {"num_heads": plan.heads}))
-    nodes[-1].outputs[0].type = plan.inputs["q_row"][0].type
+    nodes[-1].outputs[0].type = plan.inputs["q_row"].value.type
     context.replace(plan.nodes, nodes, [plan.output], [reshaped(nodes[-1].outputs[0], plan.output_target)])

@@ -1,0 +1,125 @@
+"""Finding the pass, and the single rewrite, that makes a model fail a check; and what a pass would do, without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optframe.errors import InputError, OptframeError
+from optframe.passes import GraphPass, NearMiss
+from optframe.pipeline import Pipeline
+from optframe.types import OpSpec
+from optframe.workpiece import Ran, Workpiece
+
+Check = Callable[[ir.Model], bool]
+"""Says whether a model is right; it gets a copy that it may change."""
+
+
+@dataclass(frozen=True)
+class BisectResult:
+    """The first pass after which the check fails: its position in the pipeline, from 0, and its name.
+
+    `rewrite` is the first of its rewrites after which the check fails, `number` its position among them, from 1; both
+    are None where the pass does not ask before it rewrites, or fails the check even without its rewrites.
+    """
+
+    index: int
+    pass_name: str
+    rewrite: str | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a pass would do to a model: its rewrites in order, and where it would nearly have done something."""
+
+    rewrites: tuple[str, ...]
+    near_misses: tuple[NearMiss, ...]
+    modified: bool
+
+
+def explain(model: ir.Model, step: GraphPass, ops: Mapping[str, OpSpec] | None = None) -> Explanation:
+    """Return what `step` would do to `model`, which stays as it is."""
+    ran = Workpiece(model.clone()).run(step, ops or {})
+    return Explanation(ran.allowed, ran.near_misses, ran.result.modified)
+
+
+def bisect(
+    model: ir.Model, pipeline: Pipeline, check: Check, ops: Mapping[str, OpSpec] | None = None
+) -> BisectResult | None:
+    """Return the first pass of `pipeline`, and its first rewrite, after which `check` fails on `model`.
+
+    A pass that raises fails too. None if nothing fails. Both searches halve what is left, so that `check` runs about
+    log2(passes) + log2(rewrites) times; they take it that what fails goes on failing. `model` stays as it is.
+
+    Raises:
+        InputError: the check fails before any pass has run.
+    """
+    if not check(model.clone()):
+        raise InputError("the check fails on the model as it is, before any pass; there is nothing to find")
+    models = [model, *_after_each(model, pipeline.steps, ops or {})]
+    if _is_good(models[-1], check):
+        return None
+    index = _first_failing(len(models) - 1, lambda count: _is_good(models[count], check)) - 1
+    before, step = models[index], pipeline.steps[index]
+    assert before is not None, "only the last of the models can be missing"
+    rewrites, number = _first_rewrite(before, step, check, ops or {})
+    return BisectResult(index, step.name, rewrites[number - 1] if number else None, number or None)
+
+
+def _is_good(model: ir.Model | None, check: Check) -> bool:
+    return model is not None and check(model.clone())
+
+
+def _after_each(model: ir.Model, steps: Sequence[GraphPass], ops: Mapping[str, OpSpec]) -> Iterator[ir.Model | None]:
+    """Yield the model after each of `steps`, up to one that raises, which gives None."""
+    workpiece = Workpiece(model.clone())
+    for step in steps:
+        if _attempt(workpiece, step, ops) is None:
+            yield None
+            return
+        yield workpiece.model.clone()
+
+
+def _attempt(
+    workpiece: Workpiece, step: GraphPass, ops: Mapping[str, OpSpec], allowance: int | None = None
+) -> Ran | None:
+    """Run `step`; return None if it raises anything but an error for the user."""
+    try:
+        return workpiece.run(step, ops, allowance)
+    except OptframeError:
+        raise
+    except Exception:  # a pass is foreign code, and that it raises is what we look for
+        return None
+
+
+def _first_rewrite(
+    before: ir.Model, step: GraphPass, check: Check, ops: Mapping[str, OpSpec]
+) -> tuple[Sequence[str], int]:
+    """Return the rewrites that `step` asks for, and the first after which it fails, from 1; 0 if they don't matter."""
+    asked: list[str] = []
+
+    def good(count: int | None) -> bool:
+        workpiece = Workpiece(before.clone())
+        ran = _attempt(workpiece, step, ops, count)
+        asked[len(asked) :] = ran.allowed[len(asked) :] if ran else ()
+        return ran is not None and check(workpiece.model)
+
+    good(None)
+    if not asked or not good(0):
+        return asked, 0
+    return asked, _first_failing(len(asked), good)
+
+
+def _first_failing(count: int, good: Callable[[int], bool]) -> int:
+    """Return the smallest n in 1..count for which `good` is false; it is true of 0 and false of `count`."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if good(middle):
+            low = middle
+        else:
+            high = middle
+    return high
