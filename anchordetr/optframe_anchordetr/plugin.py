@@ -59,8 +59,8 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
     return [
         PipelineSpec(
             "anchordetr",
-            "infer-shapes,remove-glue-ops,precompute-inverse-sigmoid,clean,fuse-layernorm,fold-conv-scale,fuse-rcda,layout,"
-            "fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
+            "infer-shapes,remove-glue-ops,precompute-inverse-sigmoid,clean,fuse-layernorm,fold-conv-scale,fuse-rcda,"
+            "linear,layout,fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
             "what portable does, and the plugin ops of Anchor DETR, which carry their meaning in standard ops",
         )
     ]

@@ -18,6 +18,21 @@ def optframe_passes() -> Iterable[PassSpec]:
             "make chains of Reshape and Transpose as short as they can be",
         ),
         PassSpec(
+            "compose-linear",
+            "optframe_passes.compose_linear:ComposeLinear",
+            "multiply the matrices of linear layers in a row",
+        ),
+        PassSpec(
+            "distribute-constant-add",
+            "optframe_passes.distribute_constant_add:DistributeConstantAdd",
+            "add positions behind linear layers, with their biases",
+        ),
+        PassSpec(
+            "drop-softmax-invariant",
+            "optframe_passes.drop_softmax_invariant:DropSoftmaxInvariant",
+            "remove biases of keys and values that attention makes needless",
+        ),
+        PassSpec(
             "eliminate-dead-code",
             "optframe_passes.eliminate_dead_code:EliminateDeadCode",
             "remove nodes, weights and functions that nothing uses",
@@ -26,6 +41,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "eliminate-identity",
             "optframe_passes.eliminate_identity:EliminateIdentity",
             "remove nodes that return what they were given",
+        ),
+        PassSpec(
+            "exchange-mean-linear",
+            "optframe_passes.exchange_mean_linear:ExchangeMeanLinear",
+            "take means before linear layers, which then have less to do",
         ),
         PassSpec(
             "flatten-tokens",
@@ -39,6 +59,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "fold-conv-scale",
             "optframe_passes.fold_conv_scale:FoldConvScale",
             "fold batch norms, scales and shifts into convolutions",
+        ),
+        PassSpec(
+            "fold-scale",
+            "optframe_passes.fold_scale:FoldScale",
+            "fold constant factors into weights before or behind them",
         ),
         PassSpec(
             "fold-where",
@@ -65,6 +90,21 @@ def optframe_passes() -> Iterable[PassSpec]:
             "optframe_passes.merge_duplicates:MergeDuplicates",
             "merge nodes and weights that are the same",
         ),
+        PassSpec(
+            "merge-parallel-matmuls",
+            "optframe_passes.merge_parallel_matmuls:MergeParallelMatMuls",
+            "make one MatMul of those that read the same input",
+        ),
+        PassSpec(
+            "select-gemm",
+            "optframe_passes.select_gemm:SelectGemm",
+            "write products of matrices as Gemm, or as MatMul and Add",
+        ),
+        PassSpec(
+            "sink-split",
+            "optframe_passes.sink_split:SinkSplit",
+            "do once before a Split what is done to each of its parts",
+        ),
     ]
 
 
@@ -83,8 +123,13 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
             "as few Reshape, Transpose, Concat and Where nodes as the model needs",
         ),
         PipelineSpec(
+            "linear",
+            "fold-scale,exchange-mean-linear,drop-softmax-invariant,merge-duplicates",
+            "less arithmetic in and around matrix products",
+        ),
+        PipelineSpec(
             "portable",
-            "clean,fuse-layernorm,fold-conv-scale,layout,merge-duplicates,eliminate-dead-code",
+            "clean,fuse-layernorm,fold-conv-scale,linear,layout,merge-duplicates,eliminate-dead-code",
             "standard ops only: runs wherever the model ran",
         ),
     ]

@@ -60,7 +60,8 @@ _ELEMENT_TYPES: dict[int, range] = {
 
 
 @lru_cache(maxsize=1024)
-def _schema(op_type: str, version: int) -> defs.OpSchema | None:
+def op_schema(op_type: str, version: int) -> defs.OpSchema | None:
+    """Return what ONNX says of `op_type` in opset `version`, None if that has no such op."""
     try:
         return defs.get_schema(op_type, version, "")
     except defs.SchemaError:
@@ -214,7 +215,7 @@ class Propagation:
             return self._infer_if(node)
         if node.op_type == "Constant":
             return self._infer_constant(node)
-        schema = _schema(node.op_type, self.version)
+        schema = op_schema(node.op_type, self.version)
         if schema is None or not schema.has_type_and_shape_inference_function or self._is_control_flow(node):
             return {}
         inferred = self._infer_by_schema(schema, node)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import weight_bytes
+from optframe.graph import ONNX_DOMAINS, weight_bytes
 from optframe.passes import PassContext, PassResult
 from optframe_passes.constant_pool import tensor_of
-from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, onnx_version, remove
-from optframe_passes.propagate import Propagation
+from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, onnx_version, remove, subgraphs
+from optframe_passes.propagate import Propagation, op_schema
 
 FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE})
 """Types whose constants are computed with: in float64, rounded once."""
@@ -39,16 +39,31 @@ def producer_of(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if node is not None and is_onnx(node, *op_types) else None
 
 
-def rounded(array: Array, dtype: ir.DataType) -> Array | None:
+def rounded(array: Array, dtype: ir.DataType, axis: int | None = None) -> Array | None:
     """Return float64 `array` in `dtype`, None if that costs more than a rounding of its largest element.
 
-    It does so where the range of `dtype` ends: above (FP16: 65504), or for all elements below (FP16: 6e-5).
+    It does so where the range of `dtype` ends: above (FP16: 65504), or for all elements below (FP16: 6e-5). With an
+    `axis` the largest element of each slice along it counts.
     """
+    others = None if axis is None else tuple(other for other in range(array.ndim) if other != axis % array.ndim)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         result: Array = array.astype(dtype.numpy())
-        error = np.abs(result.astype(np.float64) - array).max(initial=0.0)
-        exact = error <= np.finfo(result.dtype).eps * np.abs(array).max(initial=0.0)
-    return result if exact else None
+        error = np.abs(result.astype(np.float64) - array).max(axis=others, initial=0.0)
+        exact = error <= np.finfo(result.dtype).eps * np.abs(array).max(axis=others, initial=0.0)
+    return result if exact.all() else None
+
+
+def _is_sound(graph: ir.Graph, outer: Collection[ir.Value], opset: int) -> bool:
+    made = {*outer, *graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        op = op_schema(node.op_type, opset) if is_onnx(node) else None
+        present = [value for value in node.inputs if value is not None]
+        if not made.issuperset(present) or not node.outputs or (op is not None and len(node.inputs) < op.min_input):
+            return False
+        if not all(_is_sound(inner, made, opset) for inner in subgraphs(node)):
+            return False
+        made.update(node.outputs)
+    return True
 
 
 class Surgery:
@@ -59,6 +74,7 @@ class Surgery:
         self.context = context
         self.opset = onnx_version(model)
         self.rewrites = 0
+        self._model = model
         self._names = FreshNames(model)
         heavy = weight_bytes(model) > _HEAVY_MODEL
         self._limit = _LARGEST_WEIGHT_OF_HEAVY_MODEL if heavy else LARGEST_WEIGHT
@@ -67,6 +83,17 @@ class Surgery:
     def result(self) -> PassResult:
         """What the pass reports at its end."""
         return PassResult(self.rewrites > 0, self.rewrites)
+
+    def nodes(self) -> list[ir.Node]:
+        """Return all nodes, subgraphs included, in topological order; none if the model is not sound.
+
+        It is not where a value is read that nothing before made, where a node lacks inputs that its op needs, and where
+        functions redefine ops of ONNX. Looking around a node is safe in a model that is sound.
+        """
+        redefined = any(domain in ONNX_DOMAINS for domain, _, _ in self._model.functions)
+        if redefined or not _is_sound(self._model.graph, frozenset(), self.opset):
+            return []
+        return list(self._model.graph.all_nodes())
 
     def tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """Return the tensor, unread, behind a constant float `value` that is small enough to compute with."""
@@ -95,12 +122,14 @@ class Surgery:
         dims = self.known.dims(value)
         return None if dims is None else len(dims)
 
-    def fits(self, array: Array, value: ir.Value | None, max_bytes: int | None = None) -> Array | None:
-        """Return float64 `array` in the type of `value`, None if it does not fit there, or in `max_bytes`."""
+    def fits(
+        self, array: Array, value: ir.Value | None, max_bytes: int | None = None, axis: int | None = None
+    ) -> Array | None:
+        """Return `array` in the type of `value`, None if it does not fit there (see `rounded`) or in `max_bytes`."""
         dtype = self.known.dtype(value)
         if dtype not in FLOATS or array.size * dtype.itemsize > (self._limit if max_bytes is None else max_bytes):
             return None
-        return rounded(array, dtype)
+        return rounded(array, dtype, axis)
 
     def name(self, hint: str) -> str:
         """Return a name that no value has, `hint` if it is free."""

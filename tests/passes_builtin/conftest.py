@@ -76,6 +76,22 @@ def parse() -> Callable[..., ir.Model]:
 
 
 @pytest.fixture
+def weigh() -> Callable[..., ir.Model]:
+    """`weigh(model, w=array, ...)` puts initialisers in the place of inputs of these names."""
+
+    def put(model: ir.Model, **weights: Array) -> ir.Model:
+        for name, array in weights.items():
+            (value,) = [value for value in model.graph.inputs if value.name == name]
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(array, name=name)
+            value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+            model.graph.register_initializer(value)
+        return model
+
+    return put
+
+
+@pytest.fixture
 def draw(rng: np.random.Generator) -> Callable[..., dict[str, Array]]:
     """`draw(model, turn=0)` gives random inputs for a model; another turn gives another size."""
     return lambda model, turn=0: random_feeds(model, rng, turn)
