@@ -1,4 +1,4 @@
-"""Differential fuzzing of the passes of linear algebra: generated layers, attention, scales and means keep their meaning."""
+"""Differential fuzzing of the passes of linear algebra: generated graphs keep their meaning."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PASSES: tuple[GraphPass, ...] = (
 
 @dataclass
 class Generator:
-    """Draws a graph op by op; tensors are float64, so that only a wrong rewrite shows, with a first dimension N or 3."""
+    """Draws a graph op by op; tensors are float64, so that only a wrong rewrite shows."""
 
     data: st.DataObject
     opset: int
