@@ -200,7 +200,7 @@ def run(model: ir.Model, batch: int) -> list[Array]:
     return [np.asarray(array) for array in session.run(None, {"x": x})]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 @pytest.mark.parametrize(("opset", "batch"), [(12, 3), (17, "N"), (18, 3)])
 def test_generated_layers_keep_their_meaning(opset: int, batch: int | str, data: st.DataObject) -> None:
