@@ -90,7 +90,7 @@ def compare(before: Array, after: Array, allowed: float) -> Verdict:
     """
     if before.shape != after.shape:
         return Verdict("different", f"its shape was {list(before.shape)} and is {list(after.shape)}")
-    if before.dtype != after.dtype and before.dtype.kind != "U":
+    if before.dtype != after.dtype and {before.dtype.kind, after.dtype.kind} != {"U"}:
         return Verdict("different", f"it was {before.dtype} and is {after.dtype}")
     if before.dtype.kind not in "fc":
         wrong = np.count_nonzero(before != after)

@@ -22,6 +22,9 @@ from optframe.snapshot import Snapshot, consumed, is_weight, ops_of, raw_bytes, 
 
 COMPARE_DOMAIN = "optframe.compare"
 
+REACH = 16
+"""How many nodes further on a moved tensor may be back in its place; beyond that the model's outputs decide."""
+
 RANDOM_OPS = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
@@ -37,26 +40,39 @@ class Change:
     boundary: tuple[str, ...]
 
 
-def find_change(before: Snapshot, after: Snapshot) -> Change:
+def find_change(before: Snapshot, after: Snapshot, moved: Collection[str] = ()) -> Change:
     """Return what of `after` is not in `before`; both import the same opsets.
 
-    An unchanged node that reads an initialiser which has the name of another one counts as changed: a pass that
-    rescales a weight sees to it that the scale is undone behind.
+    An unchanged node counts as changed if it reads an initialiser that took the place of another one, or one of the
+    tensors `moved`, or what comes of these within `REACH` nodes: a pass that rescales or rearranges a tensor sees to
+    it that this is undone behind.
     """
     known, nodes = set(before.signatures), after.proto.graph.node
     initializers = frozenset(
         name for name, tensor in after.initializers.items() if not same_tensor(before.initializers.get(name), tensor)
     )
-    replaced = initializers & before.initializers.keys()
+    reads = [consumed(node) for node in nodes]
+    followed = (initializers & before.initializers.keys()) | _downstream(nodes, reads, moved)
     changed = [
-        signature not in known or not replaced.isdisjoint(consumed(node))
-        for signature, node in zip(after.signatures, nodes, strict=True)
+        signature not in known or not followed.isdisjoint(read)
+        for signature, read in zip(after.signatures, reads, strict=True)
     ]
     made = {name for node, new in zip(nodes, changed, strict=True) if new for name in node.output if name}
-    used = {name for node, new in zip(nodes, changed, strict=True) if not new for name in consumed(node)}
+    used = {name for read, new in zip(reads, changed, strict=True) if not new for name in read}
     used |= {value.name for value in after.proto.graph.output}
     boundary = tuple(sorted(used & (made | initializers)))
     return Change(tuple(i for i, new in enumerate(changed) if new), initializers, boundary)
+
+
+def _downstream(nodes: Sequence[onnx.NodeProto], reads: Sequence[set[str]], names: Collection[str]) -> set[str]:
+    """Return `names` and what is made of them within `REACH` nodes."""
+    distance = dict.fromkeys(names, 0)
+    for node, read in zip(nodes, reads, strict=True):
+        near = min((distance[name] for name in read if name in distance), default=REACH)
+        if near < REACH:
+            for name in node.output:
+                distance.setdefault(name, near + 1)
+    return set(distance)
 
 
 @dataclass(frozen=True)
@@ -110,15 +126,15 @@ class MergedModel:
         whole = Change(tuple(range(len(base.proto.graph.node))), frozenset(base.initializers), ())
         self._names = self._emit(base, whole, {})
 
-    def add(self, step: int, after: Snapshot) -> None:
-        """Add what `after` changed against the last snapshot, as step number `step`.
+    def add(self, step: int, after: Snapshot, moved: Collection[str] = ()) -> None:
+        """Add what `after` changed against the last snapshot, as step number `step`; see `find_change` for `moved`.
 
         Raises:
             MergeError: it imports another version of an opset, or writes a boundary tensor that was not there.
         """
         if any(self.opsets.get(domain, version) != version for domain, version in after.opsets.items()):
             raise MergeError("the opset changed")
-        change = find_change(self._last, after)
+        change = find_change(self._last, after, moved)
         if not self._names.keys() >= set(change.boundary):
             raise MergeError("its boundary is new")
         self.opsets |= after.opsets

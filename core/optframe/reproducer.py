@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from optframe import files, graph
 from optframe.passes import GraphPass
 from optframe.pipeline import show_step
 from optframe.snapshot import Snapshot
 from optframe.types import Feeds
+from optframe.worker import save_arrays
 
 README = """\
 Pass '{name}' broke this model and was rolled back:
@@ -35,7 +34,7 @@ def write(folder: Path, step: GraphPass, reason: str, before: Snapshot, feeds: F
     files.write_text(folder / "pipeline.txt", show_step(step) + "\n")
     if feeds is not None:
         with files.writing(folder / "inputs.npz"):
-            np.savez(folder / "inputs.npz", **feeds)  # type: ignore[arg-type]  # its stub has a flag among the keywords
+            save_arrays(folder / "inputs.npz", feeds)
     text = README.format(
         name=step.name,
         reason=reason,

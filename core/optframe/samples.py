@@ -67,12 +67,9 @@ class Sampler:
         return samples
 
     def disturbed(self, sample: Sample) -> Arrays | None:
-        """Return the original's outputs for `sample` with its floats changed by a few roundings, None without any."""
+        """Return the original's outputs for `sample` with its floats changed by a few roundings; None if it fails."""
         rng = np.random.default_rng(0)
-        feeds = {name: _disturb(np.asarray(array), rng) for name, array in sample.feeds.items()}
-        if all(feeds[name] is sample.feeds[name] for name in feeds):
-            return None
-        path = self._exchange.save_feeds(feeds)
+        path = self._exchange.save_feeds({name: _disturb(array, rng) for name, array in sample.feeds.items()})
         outputs = run(self._exchange, Program(self._original.proto, self._original.weights), [path])[0]
         return None if isinstance(outputs, str) else outputs
 

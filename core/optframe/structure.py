@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from optframe.graph import ONNX_DOMAINS
 from optframe.snapshot import Snapshot, ops_of
-from optframe.worker import Worker
+from optframe.worker import Worker, WorkerFailure
 
 Dims: TypeAlias = "tuple[int | str | None, ...]"
 TensorType: TypeAlias = "tuple[int, Dims | None]"
@@ -24,8 +24,8 @@ UNKNOWN: TensorType = (0, None)
 def wiring_problem(model: ir.Model) -> str | None:
     """Return what is wrong with how values are connected, in one line, or None.
 
-    Every value that is read must have been made before: by a node, as an input or as an initialiser. No two values
-    that see each other may share a name.
+    Every value that is read must have been made before: by a node, as an input or as an initialiser. No node may write
+    a value by the name of another one that it sees; inputs and initialisers of a subgraph may hide outer values.
     """
     scopes = [(model.graph, "")] + [(f.graph, f"in function '{f.name}': ") for f in model.functions.values()]
     for graph, where in scopes:
@@ -35,9 +35,7 @@ def wiring_problem(model: ir.Model) -> str | None:
 
 
 def _wiring_problems(graph: ir.Graph, outer: Mapping[str, ir.Value]) -> Iterator[str]:
-    known = dict(outer)
-    for value in {id(v): v for v in (*graph.inputs, *graph.initializers.values())}.values():
-        yield from _define(value, known)
+    known = {**outer, **{value.name or "": value for value in (*graph.inputs, *graph.initializers.values())}}
     for node in graph:
         for read in node.inputs:
             if read is not None and known.get(read.name or "") is not read:
@@ -46,16 +44,12 @@ def _wiring_problems(graph: ir.Graph, outer: Mapping[str, ir.Value]) -> Iterator
             for inner in _graphs(attribute):
                 yield from _wiring_problems(inner, known)
         for value in node.outputs:
-            yield from _define(value, known) if value.name else ()
+            if value.name and value.name in known:
+                yield f"two values are called '{value.name}'"
+            known[value.name or ""] = value
     for value in graph.outputs:
         if known.get(value.name or "") is not value:
             yield f"graph output '{value.name}' is made by nothing"
-
-
-def _define(value: ir.Value, known: dict[str, ir.Value]) -> Iterator[str]:
-    if (value.name or "") in known:
-        yield f"two values are called '{value.name}'"
-    known[value.name or ""] = value
 
 
 def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
@@ -146,9 +140,14 @@ class Inspector:
         """Return what onnx's checker or inferred types say against `after` but not against `before`, or None.
 
         Raises:
-            WorkerFailure: native code crashed, or took too long.
+            WorkerFailure: native code crashed on `after`, or took too long.
         """
-        old, new = self.inspect(before), self.inspect(after)
+        try:
+            old = self.inspect(before)
+        except WorkerFailure:
+            return None
+        new = self.inspect(after)
+        self._seen = {id(each): self._seen[id(each)] for each in (before, after)}
         if new.checker and not old.checker:
             return f"onnx's checker refuses it: {new.checker}"
         for name, (declared, inferred) in new.clashes.items():
@@ -163,10 +162,6 @@ class Inspector:
         if id(snapshot) not in self._seen:
             self._seen[id(snapshot)] = (snapshot, self._ask(snapshot))  # the snapshot is kept, so its id stays its own
         return self._seen[id(snapshot)][1]
-
-    def forget(self, snapshot: Snapshot) -> None:
-        """Drop what is known of `snapshot`."""
-        self._seen.pop(id(snapshot), None)
 
     def _ask(self, snapshot: Snapshot) -> Inspection:
         checker, inferred = ask_onnx(self.worker, snapshot.proto, snapshot.weights)

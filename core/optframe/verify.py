@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 
@@ -30,6 +32,18 @@ class Step:
     after: Snapshot
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """Tensors at its boundary that a step changed, and what was said of that."""
+
+    names: set[str]
+    verdict: Verdict
+
+
+Found: TypeAlias = list[tuple[Sample, dict[Pair, Verdict]]]
+"""Input -> pair -> verdict."""
+
+
 class Verifier:
     """Compares snapshots of one model, `original` being what it was first.
 
@@ -45,7 +59,8 @@ class Verifier:
         self._feeds = feeds
         self._draw = draw
         self._sampler = Sampler(exchange, original)
-        self._latest: tuple[Snapshot, list[Arrays | str]] | None = None
+        self._moved: dict[int, _Moved] = {}
+        self._latest: deque[tuple[Snapshot, list[Path], list[Arrays | str]]] = deque(maxlen=2)
 
     @property
     def remarks(self) -> list[str]:
@@ -93,6 +108,7 @@ class Verifier:
 
     def verify_steps(self, steps: Sequence[Step]) -> list[Verdict]:
         """Return a verdict for each of `steps`, which follow one another, up to the first one that is different."""
+        self._moved.clear()
         verdicts: list[Verdict] = []
         while len(verdicts) < len(steps) and not (verdicts and verdicts[-1].status == "different"):
             verdicts += self._verify_some(steps[len(verdicts) :])
@@ -102,34 +118,69 @@ class Verifier:
         """Return verdicts for the first of `steps`, for at least one."""
         if not self._step_samples:
             return [self._no_samples()] * len(steps)
-        merged, merging = _merge(steps)
+        merged, merging = self._merge(steps)
+        if not merging:
+            return [self._verify_outputs(steps[0], excuse=True)]
         try:
-            found = self._compare_regions(merged) if merging else None
+            found = self._compare_regions(merged)
         except RunFailed:
             if len(merging) > 1:
                 return self._verify_some(merging[: len(merging) // 2])
-            found = None
-        if found is None:
             return [self._verify_outputs(steps[0], excuse=True)]
+        return self._judge(merged, merging, found) or self._verify_some(steps)
+
+    def _judge(self, merged: MergedModel, steps: Sequence[Step], found: Found) -> list[Verdict]:
+        """Return verdicts for `steps` up to the first that changed a tensor at its boundary.
+
+        Where that is news, what it moved is noted, so that a larger region is compared next; else the outputs decide.
+        Either way, later steps were then fed what is no longer there, and have to be compared anew.
+        """
         verdicts: list[Verdict] = []
-        for step in merging:
-            verdict = found.get(step.index, EQUAL)
-            if verdict.status == "different":
-                return [*verdicts, self._settle(step, verdict)]
+        for step in steps:
+            verdict, moved = _verdict(found, step.index), self._moved.get(step.index)
+            differs = verdict.status == "different"
+            if differs and not moved:
+                self._note_moved(found, steps)
+                return verdicts
+            if differs:
+                verdict = self._verify_outputs(step, excuse=False)
+            if moved:
+                same = Verdict("equal", f"{moved.verdict.reason}, but what comes of it is the same")
+                verdict = same if verdict.status == "equal" else moved.verdict
             verdicts.append(of_all_tensors([verdict, self._compare_branches(merged, step)]))
+            if differs or verdicts[-1].status == "different":
+                return verdicts
         return verdicts
 
-    def _compare_regions(self, merged: MergedModel) -> dict[int, Verdict]:
-        """Return step -> verdict on the tensors at its boundary."""
+    def _note_moved(self, found: Found, steps: Sequence[Step]) -> None:
+        for step in steps:
+            names = _differing(found, step.index)
+            if names:
+                self._moved.setdefault(step.index, _Moved(names, _verdict(found, step.index)))
+
+    def _merge(self, steps: Sequence[Step]) -> tuple[MergedModel, list[Step]]:
+        """Return a merged model of as many of `steps` as possible, and these."""
+        merged = MergedModel(steps[0].before)
+        merging: list[Step] = []
+        for step in steps:
+            try:
+                moved = self._moved.get(step.index)
+                merged.add(step.index, step.after, moved.names if moved else ())
+            except MergeError:
+                break
+            merging.append(step)
+        return merged, merging
+
+    def _compare_regions(self, merged: MergedModel) -> Found:
+        """Compare the tensors at the boundaries, but not behind forced branches."""
         pairs = [pair for pair in merged.pairs if not pair.branch]
-        by_step: defaultdict[int, list[Verdict]] = defaultdict(list)
+        found: Found = []
         for _, group in groupby(self._step_samples if pairs else [], key=lambda sample: sample.dims):
             samples = list(group)
-            found = compare_pairs(self._exchange, merged, pairs, samples)
-            for position in range(len(samples)):
-                for step, verdict in _by_step({pair: verdicts[position] for pair, verdicts in found.items()}).items():
-                    by_step[step].append(replace(verdict, sample=samples[position].label))
-        return {step: of_all_inputs(verdicts) for step, verdicts in by_step.items()}
+            by_pair = compare_pairs(self._exchange, merged, pairs, samples)
+            for i, sample in enumerate(samples):
+                found.append((sample, {pair: verdicts[i] for pair, verdicts in by_pair.items()}))
+        return found
 
     def _compare_branches(self, merged: MergedModel, step: Step) -> Verdict:
         """Compare what Ifs that the step changed give when their conditions are forced, on one input."""
@@ -150,25 +201,23 @@ class Verifier:
         verdict = of_all_tensors(_named(pair.name, verdicts[0]) for pair, verdicts in found.items())
         return Verdict(verdict.status, f"{label} of {verdict.reason}" if verdict.reason else "", sample.label)
 
-    def _settle(self, step: Step, mismatch: Verdict) -> Verdict:
-        """Let the outputs decide about a step that changed a tensor at its boundary: it may have meant to."""
-        verdict = self._verify_outputs(step, excuse=False)
-        if verdict.status == "equal":
-            return Verdict("equal", f"{mismatch.reason}, but the model's outputs are equal")
-        return mismatch
-
     def _verify_outputs(self, step: Step, excuse: bool) -> Verdict:
         samples = self._step_samples
+        if self._compare_outputs([s.outputs for s in samples], step.after, samples, excuse=False).status == "equal":
+            return EQUAL  # to the original, whose outputs are there already: the model before need not run
         return self._compare_outputs(self._outputs(step.before, samples), step.after, samples, excuse)
 
     def _outputs(self, snapshot: Snapshot, samples: Sequence[Sample]) -> list[Arrays | str]:
         """Return what `snapshot` computes for `samples`."""
         if snapshot is self._original:
             return [sample.outputs for sample in samples]
-        if self._latest is None or self._latest[0] is not snapshot or len(self._latest[1]) != len(samples):
-            program = Program(snapshot.proto, snapshot.weights)
-            self._latest = (snapshot, run(self._exchange, program, [sample.path for sample in samples]))
-        return self._latest[1]
+        paths = [sample.path for sample in samples]
+        for known, known_paths, outputs in self._latest:
+            if known is snapshot and known_paths == paths:
+                return outputs
+        outputs = run(self._exchange, Program(snapshot.proto, snapshot.weights), paths)
+        self._latest.append((snapshot, paths, outputs))
+        return outputs
 
     def _compare_outputs(
         self, expected: Sequence[Arrays | str], after: Snapshot, samples: Sequence[Sample], excuse: bool
@@ -217,25 +266,23 @@ class Verifier:
         return Verdict("unverified", self.remarks[-1] if self.remarks else "there is no input to try")
 
 
-def _merge(steps: Sequence[Step]) -> tuple[MergedModel, list[Step]]:
-    """Return a merged model of as many of `steps` as possible, and these."""
-    merged = MergedModel(steps[0].before)
-    merging: list[Step] = []
-    for step in steps:
-        try:
-            merged.add(step.index, step.after)
-        except MergeError:
-            break
-        merging.append(step)
-    return merged, merging
+def _verdict(found: Found, step: int) -> Verdict:
+    """Return what was found on all inputs at the boundary of `step`."""
+    verdicts = []
+    for sample, by_pair in found:
+        own = [_named(pair.name, verdict) for pair, verdict in by_pair.items() if pair.step == step]
+        verdicts.append(replace(of_all_tensors(own), sample=sample.label))
+    return of_all_inputs(verdicts)
 
 
-def _by_step(verdicts: dict[Pair, Verdict]) -> dict[int, Verdict]:
-    """Return step -> what the verdicts on its pairs mean together."""
-    by_step: defaultdict[int, list[Verdict]] = defaultdict(list)
-    for pair, verdict in verdicts.items():
-        by_step[pair.step].append(_named(pair.name, verdict))
-    return {step: of_all_tensors(given) for step, given in by_step.items()}
+def _differing(found: Found, step: int) -> set[str]:
+    """Return the names of the tensors at the boundary of `step` that differ on some input."""
+    return {
+        pair.name
+        for _, by_pair in found
+        for pair, verdict in by_pair.items()
+        if pair.step == step and verdict.status == "different"
+    }
 
 
 def _named(name: str, verdict: Verdict) -> Verdict:

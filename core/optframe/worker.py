@@ -5,6 +5,7 @@ Both sides are here. They exchange one JSON object a line; models and arrays tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -100,16 +102,18 @@ class Worker:
         return process
 
     def _last_words(self, process: subprocess.Popen[str]) -> str:
-        self._process = None
         status = process.wait()
+        self._stop()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         log = (self.folder / "worker.log").read_text(errors="replace").strip().splitlines()
         return f"the worker crashed with {how}{f' ({log[-1][:200]})' if log else ''}"
 
     def _stop(self) -> None:
-        if self._process:
+        if self._process and self._process.stdin:
             self._process.kill()
             self._process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process = None
 
     def __enter__(self) -> Self:
@@ -139,22 +143,25 @@ def _take_arrays(path: Path) -> Arrays:
 def load_arrays(path: Path) -> Arrays:
     """Return what `save_arrays` wrote."""
     with np.load(path, allow_pickle=False) as file:
-        return {key.removeprefix(":"): file[key] for key in file.files}
+        return {name: file[name] for name in file.files}
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
     """Write `arrays` to the `.npz` file `path`: text as fixed-width text, the members of a sequence one by one.
 
-    The colon before each name keeps it apart from the parameters of `numpy.savez`.
+    `numpy.savez` takes no array called "file", which may well be the name of a tensor.
 
     Raises:
         TypeError: an array cannot be written without pickling it.
     """
-    plain: dict[str, np.ndarray[Any, Any]] = {}
-    for name, value in arrays.items():
-        members = {f"{name}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
-        plain |= {f":{key}": _plain(key, item) for key, item in members.items()}
-    np.savez(path, **plain)  # type: ignore[arg-type]  # its stub takes the keywords for its flag `allow_pickle`
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in arrays.items():
+            members = (
+                {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+            for key, member in members.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, _plain(key, member), allow_pickle=False)
     return path
 
 

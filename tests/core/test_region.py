@@ -344,3 +344,34 @@ def test_verdicts_agree_with_the_truth(worker: Worker, program: tuple[list[str],
 
     found = statuses(worker, [snapshot(text(before)), snapshot(text(after))])
     assert found == (["different"] if wrong else ["equal"])
+
+
+def test_a_moved_tensor_may_come_back_further_on(verdicts: Callable[..., list[str]]) -> None:
+    """As when a scale is folded over a transpose: what is between keeps its names and changes its values."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}, float s = {3.0}, float one = {1.0}>
+    { m = MatMul (x, w)
+      t = Transpose (m)
+      z = Mul (t, s)
+      e = Exp (z)
+      y = Neg (e) }
+    """
+    folded = text.replace("<float[2, 2] w = {1.0, 2.0, 3.0, 4.0}", "<float[2, 2] w3 = {3.0, 6.0, 9.0, 12.0}")
+    folded = (
+        folded.replace("MatMul (x, w)", "MatMul (x, w3)").replace("z = Mul (t, s)\n", "").replace("Exp (z)", "Exp (t)")
+    )
+    later = folded.replace("y = Neg (e)", "zero = Sub (e, e)\n y = Sub (zero, e)")
+    assert verdicts(text, folded, later) == ["equal", "equal"]
+    assert verdicts(text, folded.replace("12.0", "12.1"), later) == ["different"]
+    assert verdicts(text, folded, later.replace("t = Transpose (m)", "t = Identity (m)")) == ["equal", "different"]
+
+
+def test_a_region_grows_without_a_run_of_the_whole_model(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the whole model was compared")
+
+    monkeypatch.setattr(Verifier, "_verify_outputs", never)
+    rescaled = CHAIN.replace("a = Mul (x, two)", "h = Mul (x, two)\n a = Mul (h, two)")
+    rescaled = rescaled.replace("e = Add (c, d)", "f = Div (c, two)\n e = Add (f, d)")
+    assert statuses(worker, [snapshot(CHAIN), snapshot(rescaled)]) == ["equal"]

@@ -180,7 +180,7 @@ class Generator:
         for _ in range(steps):
             self.step()
         read = {name for node in self.nodes for name in node.input}
-        made = [name for name in self.dims if name != "x" and name not in read] or ["v1"]
+        made = [name for name in self.dims if name != "x" and name not in read]
         outputs = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, self.dims[name]) for name in made]
         inputs = [helper.make_tensor_value_info("x", TensorProto.DOUBLE, (self.batch, 5, 6))]
         proto = helper.make_graph(self.nodes, "fuzz", inputs, outputs, self.weights.values())
