@@ -28,8 +28,8 @@ class FlopReport:
 
     Elementwise ops, reductions and data movement count nothing: they take a small share, and memory bounds them.
     `by_op` and `by_node` leave out what takes none; what a call of a model-local function takes stands under the call.
-    Of an If the dearer branch counts. `unknown` names the nodes that could not be counted, since a shape or a number
-    of iterations is not known: `total` is then a lower bound.
+    Of an If the dearer branch counts. `unknown` names the nodes that could not be counted, since an op, a shape
+    or a number of iterations is not known: `total` is then a lower bound.
     """
 
     total: int
@@ -76,7 +76,7 @@ def count_flops(
     for cost in costs:
         by_op[cost.op_type] += cost.flops
         by_node[cost.name] += cost.flops
-    return FlopReport(by_node.total(), dict(by_op), dict(by_node), unknown)
+    return FlopReport(by_node.total(), dict(+by_op), dict(+by_node), unknown)
 
 
 def int8_fractions(
@@ -142,7 +142,7 @@ def _name(node: ir.Node) -> str:
 
 
 class _Unknown(Exception):
-    """A shape or a number of iterations that the count needs is not known."""
+    """An op, a shape or a number of iterations that the count needs is not known."""
 
 
 class _Counter:
@@ -157,7 +157,7 @@ class _Counter:
     def _node(self, node: ir.Node) -> Iterator[_Cost]:
         try:
             if node.domain not in graph.ONNX_DOMAINS:
-                return
+                raise _Unknown
             if node.op_type == "If":
                 yield from self._branch(node)
             elif node.op_type in ("Loop", "Scan"):

@@ -5,7 +5,13 @@ import pytest
 
 from optframe.errors import InputError
 from optframe.precision import Histogram
-from optframe_trt.calibrators import EntropyCalibrator, MinMaxCalibrator, MseCalibrator, PercentileCalibrator
+from optframe_trt.calibrators import (
+    EntropyCalibrator,
+    MinMaxCalibrator,
+    MseCalibrator,
+    PercentileCalibrator,
+    _divergences,
+)
 
 ALL = (EntropyCalibrator(), MinMaxCalibrator(), MseCalibrator(), PercentileCalibrator())
 
@@ -70,3 +76,37 @@ def test_bad_options_are_refused() -> None:
         PercentileCalibrator(percent=0)
     with pytest.raises(InputError):
         MseCalibrator(candidates=0)
+
+
+def divergence(bins: np.ndarray, kept: int) -> float:
+    """Return KL(P || Q) of `bins` with `kept` of them left, as the pseudocode of Migacz (GTC 2017) has it."""
+    reference = bins[:kept].astype(np.float64)
+    reference[-1] += bins[kept:].sum()
+    quantized = np.zeros(kept)
+    owner = np.array([next(m for m in range(128) if kept * (m + 1) // 128 > i) for i in range(kept)])
+    for magnitude in range(128):
+        inside = owner == magnitude
+        filled = inside & (bins[:kept] > 0)
+        if filled.any():
+            quantized[filled] = bins[:kept][inside].sum() / filled.sum()
+    p, q = reference / reference.sum(), quantized / quantized.sum()
+    if ((p > 0) & (q == 0)).any():
+        return np.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(p > 0, p * np.log(p / q), 0.0).sum())
+
+
+@pytest.mark.parametrize("share_of_zeros", [0.0, 0.7])
+def test_entropy_is_that_of_the_published_pseudocode(share_of_zeros: float, rng: np.random.Generator) -> None:
+    # Few values, in a range in which many bins stay empty: that is where implementations differ.
+    values = rng.laplace(size=3000) * rng.choice([0.2, 1.0], 3000) * (rng.random(3000) >= share_of_zeros)
+    made = histogram(values)
+    bins = made.counts[: made.used].copy()
+    bins[0] = bins[1]
+    candidates = rng.choice(np.arange(128, made.used + 1), 60, replace=False)
+    expected = np.array([divergence(bins, kept) for kept in candidates])
+    found = _divergences(bins.astype(np.float64))[candidates - 128]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)  # float64 sums in another order
+    threshold = EntropyCalibrator().threshold(made)
+    chosen = divergence(bins, int(np.ceil(threshold / made.width - 1e-9)))
+    assert chosen <= expected.min() + 1e-12

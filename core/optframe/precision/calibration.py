@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from optframe.backend import Engine, Runner
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.errors import InputError
 from optframe.precision.calibrator import Calibrator, Histogram, calibrator_text
+from optframe.precision.equalization import CHANNEL_AXIS, channel_groups, equalizable, equalize, factors
 from optframe.precision.placement import CONVOLUTIONS, Placement, Scope, place, weight_index
 from optframe.precision.ranges import DataHash, Ranges, TensorRange
 from optframe.shapes import inferred, static_shape
@@ -31,6 +32,9 @@ GROUP_BYTES = 3 << 29
 
 UNKNOWN_BYTES = 1 << 26
 """What a tensor of unknown shape counts for."""
+
+EQUALIZATION_SAMPLES = 2
+"""Ranges of channels need not be exact, since only their roots count."""
 
 NO_DATA = "INT8 needs data to calibrate on, and there is none: give at least one sample of real inputs"
 
@@ -45,37 +49,71 @@ def calibrate(
 ) -> Ranges:
     """Return the ranges that `quantize` needs for `scope`, measured on every sample of `feeds` in onnxruntime.
 
-    `model` is the FP32 model; it stays as it is. Memory does not grow with the number of samples: a histogram of 4096
-    bins is kept for each tensor. `progress` is called after each sample with how many are done.
+    `model` is the FP32 model; it stays as it is. The first two samples serve to equalise channels (see
+    `precision.equalization`), then all are run through the equalised model. Memory does not grow with the number of
+    samples: a histogram of 4096 bins is kept for each tensor. `progress` is called after each sample with how many are
+    done.
 
     Raises:
         InputError: there are no samples, one does not fit the model, or a tensor gets NaN or infinity.
     """
     samples = iter(feeds)
-    first = next(samples, None)
-    if first is None:
+    first = list(islice(samples, EQUALIZATION_SAMPLES))
+    if not first:
         raise InputError(NO_DATA)
-    shapes = {name: tuple(array.shape) for name, array in first.items()}
-    typed = inferred(model, shapes)
-    watch = _Watch(place(typed, scope, input_shapes=shapes))
+    shapes = {name: tuple(array.shape) for name, array in first[0].items()}
+    typed = inferred(model)
+    placement = place(typed, scope, input_shapes=shapes)
+    sizes = _sizes(inferred(model, shapes))
+    equalization = _measure_factors(typed, placement, sizes, first)
+    equalize(typed, equalization)
+    watch = _Watch(placement)
     data, count = DataHash(), 0
-    with tempfile.TemporaryDirectory(prefix="optframe-calibrate-") as folder, ExitStack() as stack:
-        groups = _groups(watch.names(), typed)
-        runners = [stack.enter_context(_open(typed, group, Path(folder) / str(i))) for i, group in enumerate(groups)]
-        for sample in chain([first], samples):
+    with _runners(typed, watch.names(), sizes) as runners:
+        for count, sample in enumerate(chain(first, samples), start=1):
             for tensors in _run(sample, runners):
                 watch.add(tensors, count)
             data.add(sample)
-            count += 1
             if progress is not None:
                 progress(count)
     return Ranges(
         tensors=watch.ranges(calibrator),
+        equalization=equalization,
         model=graph.fingerprint(model),
         data=data.text(),
         calibrator=calibrator_text(calibrator),
         samples=count,
         input_shapes=shapes,
+    )
+
+
+def _measure_factors(
+    model: ir.Model, placement: Placement, sizes: Mapping[str, int], samples: Sequence[Feeds]
+) -> dict[str, tuple[float, ...]]:
+    """Return the factors of each group of channels that equalisation is to divide by."""
+    groups = equalizable(channel_groups(model.graph), placement.sources.keys())
+    measured = {name: [v.name or "" for v in g.values if v in placement.sources] for name, g in groups.items()}
+    wanted = list(chain.from_iterable(measured.values()))
+    maxima: dict[str, Array] = {}
+    with _runners(model, wanted, sizes) as runners:
+        for count, sample in enumerate(samples if groups else (), start=1):
+            for tensors in _run(sample, runners):
+                for name in tensors.keys() & set(wanted):
+                    maxima[name] = np.maximum(maxima.get(name, 0.0), _channel_maxima(name, tensors[name], count))
+    return {name: factors(group, [maxima[tensor] for tensor in measured[name]]) for name, group in groups.items()}
+
+
+def _channel_maxima(name: str, array: Array, sample: int) -> Array:
+    others = tuple(i for i in range(array.ndim) if i != CHANNEL_AXIS)
+    maxima: Array = np.abs(array).max(axis=others)
+    if not np.isfinite(maxima).all():
+        raise _not_finite(name, sample)
+    return maxima
+
+
+def _not_finite(name: str, sample: int) -> InputError:
+    return InputError(
+        f"tensor '{name}' has NaN or infinity for calibration sample {sample}: leave that sample out, or mend the model"
     )
 
 
@@ -116,10 +154,7 @@ def _add(histogram: Histogram, name: str, array: Array, sample: int) -> None:
     try:
         histogram.add(array)
     except ValueError as error:
-        raise InputError(
-            f"tensor '{name}' has NaN or infinity for calibration sample {sample + 1}: "
-            "leave that sample out, or mend the model"
-        ) from error
+        raise _not_finite(name, sample) from error
 
 
 class _Mean:
@@ -155,25 +190,38 @@ def _name(value: ir.Value | None) -> str:
     return value.name
 
 
-def _groups(names: Sequence[str], model: ir.Model) -> list[list[str]]:
-    """Return the names of produced tensors in groups of bounded size."""
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    groups: list[list[str]] = []
-    room = 0
-    for name in names:
-        if name in values:
-            size = _bytes(values[name])
-            if size > room:
-                groups.append([])
-                room = GROUP_BYTES
-            groups[-1].append(name)
-            room -= size
-    return groups
+def _sizes(model: ir.Model) -> dict[str, int]:
+    """Return the bytes of every tensor that nodes of the main graph make."""
+    return {value.name: _bytes(value) for node in model.graph for value in node.outputs if value.name}
 
 
 def _bytes(value: ir.Value) -> int:
     shape = static_shape(value)
     return UNKNOWN_BYTES if shape is None else 4 * math.prod(shape)
+
+
+def _groups(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return those of `names` that have a size in groups of bounded size."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if name in sizes:
+            if sizes[name] > room:
+                groups.append([])
+                room = GROUP_BYTES
+            groups[-1].append(name)
+            room -= sizes[name]
+    return groups
+
+
+@contextmanager
+def _runners(model: ir.Model, names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[Runner]]:
+    """Open runners that give the tensors `names`, together all that are no inputs."""
+    with tempfile.TemporaryDirectory(prefix="optframe-calibrate-") as folder, ExitStack() as stack:
+        yield [
+            stack.enter_context(_open(model, group, Path(folder) / str(index)))
+            for index, group in enumerate(_groups(names, sizes))
+        ]
 
 
 def _open(model: ir.Model, names: Sequence[str], folder: Path) -> Runner:

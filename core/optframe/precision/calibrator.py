@@ -12,6 +12,9 @@ BINS = 4096
 CHUNK = 1 << 18
 """Elements that are binned at a time: what is worked on stays in the CPU's cache."""
 
+LARGEST_FACTOR = 2.0**127
+"""The largest power of two that float32 holds."""
+
 Array = np.ndarray[Any, Any]
 
 
@@ -66,15 +69,15 @@ class Histogram:
 
     def _count(self, magnitudes: Array) -> None:
         if self.limit:
-            bins = np.multiply(magnitudes, 1 / self.width, dtype=_exact(magnitudes)).astype(np.int32)
+            bins = np.multiply(magnitudes, 1 / self.width, dtype=self._exact_type(magnitudes)).astype(np.int32)
             self.counts += np.bincount(bins, minlength=BINS)
         else:
             self.counts[0] += magnitudes.size
 
-
-def _exact(array: Array) -> np.dtype[Any]:
-    """Return a type in which a product with a power of two is exact: half precision has too small a range."""
-    return np.promote_types(array.dtype, np.float32)
+    def _exact_type(self, magnitudes: Array) -> np.dtype[Any]:
+        """Return a type that holds the magnitudes' products with the power of two 1 / width."""
+        least = np.float32 if 1 / self.width <= LARGEST_FACTOR else np.float64
+        return np.promote_types(magnitudes.dtype, least)
 
 
 class Calibrator(Protocol):

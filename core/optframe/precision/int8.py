@@ -13,6 +13,7 @@ from optframe import graph
 from optframe.errors import InputError
 from optframe.passes import PassContext
 from optframe.precision.calibration import channel_axis
+from optframe.precision.equalization import equalize
 from optframe.precision.fp16 import to_fp16
 from optframe.precision.nodes import Names, Warn, is_constant, is_standard, log_warning
 from optframe.precision.placement import CONVOLUTIONS, Placement, Scope, place, weight_index
@@ -47,10 +48,11 @@ def quantize(
     """Return a copy of the FP32 `model` whose products take INT8 operands where `precision.placement` puts them.
 
     Activations have one scale for each tensor, threshold / 127; weights one for each output channel, largest magnitude
-    / 127; all zero points are 0. Biases stay float, and take up the mean error that rounding the weights makes: the
-    bias correction of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
-    2019, section 4.2, with input means measured in calibration. Where a Conv or Gemm has no bias it gets one; a MatMul
-    without an Add of a constant behind it goes uncorrected, and so does a ConvTranspose.
+    / 127; all zero points are 0. Channels are equalised first, see `precision.equalization`. Biases stay float, and
+    take up the mean error that rounding the weights makes: the bias correction of Nagel et al., "Data-Free Quantization
+    Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with input means measured in calibration.
+    Where a Conv or Gemm has no bias it gets one; a MatMul without an Add of a constant behind it goes uncorrected, and
+    so does a ConvTranspose.
 
     `keep` are patterns of nodes to leave as they are, see `precision.nodes.selects`. The rest of the model is of
     precision `base`; for "fp16" `ops` are the registered plugin ops, see `to_fp16`, and opset 18 is raised to 19.
@@ -63,6 +65,7 @@ def quantize(
     if graph.opset(model) < least:
         raise InputError(f"INT8 over {base} needs opset {least} or later, the model has {graph.opset(model)}: lift it")
     copy = inferred(model)
+    equalize(copy, ranges.equalization)
     placement = place(copy, scope, keep, ranges.input_shapes)
     if not placement.products:
         warn("INT8: the model has no convolution or linear layer that may run in it")

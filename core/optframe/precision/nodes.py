@@ -49,6 +49,14 @@ def is_constant(value: ir.Value | None) -> bool:
     )
 
 
+def agree(first: ir.Shape | None, second: ir.Shape | None) -> bool:
+    """Return whether two shapes are known to be of one rank and may be the same: free dimensions fit any size."""
+    if first is None or second is None or len(first) != len(second):
+        return False
+    pairs = zip(first, second, strict=True)
+    return all(a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in pairs)
+
+
 def selects(patterns: Sequence[str], node: ir.Node) -> bool:
     """Return whether a pattern (shell style: `*`, `?`, `[]`) matches the node.
 

@@ -6,6 +6,7 @@ placement), and none asks for names or for a certain model:
 - Convolutions with constant weights, and matrix products of an activation with constant weights.
 - Not the projections of an attention (next to a product of two activations or a softmax), which runtimes fuse into one
   16-bit kernel; nor heads: products that no other follows, and small linear layers that lead to nothing but them.
+- Not what is computed from constants or from sines (positions), of which attention needs every bit.
 - Every activation operand is quantised right before its product, so never around a normalisation or a softmax.
 - Where a product's result and a shortcut are added, and the sum is quantised later on, the shortcut is quantised too.
 - What goes through a MaxPool or a Concat into a quantised tensor is quantised before it too, all with one scale.
@@ -21,17 +22,19 @@ import onnx_ir as ir
 
 from optframe.errors import unknown_name
 from optframe.flops import count_flops
-from optframe.precision.nodes import LAYOUT_OPS, is_constant, is_standard, selects
+from optframe.precision.nodes import LAYOUT_OPS, agree, is_constant, is_standard, selects
 from optframe.shapes import static_shape
 
 Scope = Literal["default", "linear", "all"]
-"""Which products run in INT8: by the rules above; those of attention projections and heads too ("linear"); products of
-two activations besides ("all")."""
+"""Which products run in INT8: by the rules above; attention projections and heads too ("linear"); products of two
+activations besides ("all")."""
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 PRODUCTS = (*CONVOLUTIONS, "MatMul", "Gemm")
 ATTENTION_OPS = ("Softmax", "LogSoftmax", "Attention")
 AFFINE_OPS = ("Add", "Sub", "Mul", "Div")
+POSITION_OPS = ("Sin", "Cos", "Shape", "Size")
+GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 CARRIER_OPS = LAYOUT_OPS | frozenset(["Split", "Slice", "Gather", "ReduceMean", "ReduceSum"])
 """Ops between a projection and its attention."""
 
@@ -118,8 +121,13 @@ def activation_indices(node: ir.Node) -> list[int]:
     return [index for index in (0, 1) if not is_constant(node.inputs[index])]
 
 
+def _activations(node: ir.Node) -> list[ir.Value]:
+    return [Read(node, index).value for index in activation_indices(node)]
+
+
 def _products(model: ir.Model, scope: Scope, input_shapes: Mapping[str, Sequence[int]] | None) -> list[ir.Node]:
-    candidates = [node for node in model.graph if _is_product(node)]
+    positions = _positions(model.graph)
+    candidates = [node for node in model.graph if _is_product(node) and positions.isdisjoint(_activations(node))]
     if scope != "all":
         candidates = [node for node in candidates if len(activation_indices(node)) == 1]
     if scope != "default":
@@ -141,6 +149,17 @@ def _is_product(node: ir.Node) -> bool:
     return weight is None or len(static_shape(node.inputs[weight]) or ()) >= 2
 
 
+def _positions(main: ir.Graph) -> set[ir.Value]:
+    """Return the computed tensors that depend on the inputs not at all, or through shapes, sines and cosines alone."""
+    positions: set[ir.Value] = set()
+    for node in main:
+        given = (value is None or is_constant(value) or value in positions for value in node.inputs)
+        source = is_standard(node) and node.op_type in POSITION_OPS
+        if source or (all(given) and not any(a.type in GRAPH_ATTRIBUTES for a in node.attributes.values())):
+            positions.update(node.outputs)
+    return positions
+
+
 class _Attention:
     """Tells which products are projections of an attention."""
 
@@ -156,7 +175,7 @@ class _Attention:
         if node.op_type in CONVOLUTIONS:
             return False
         behind = _reached(node.outputs, _consumers, _carries)
-        before = _reached([Read(node, index).value for index in activation_indices(node)], _producers, _carries)
+        before = _reached(_activations(node), _producers, _carries)
         return any(map(self._is_attention, (*behind, *before)))
 
     def _is_attention(self, node: ir.Node) -> bool:
@@ -285,7 +304,7 @@ def _shortcut(node: ir.Node, products: set[ir.Node]) -> int | None:
         return None
     shapes = [None if value is None else value.shape for value in node.inputs]
     fused = [index for index, value in enumerate(node.inputs) if _is_only_use(value) and _producer(value) in products]
-    return 1 - fused[0] if fused and shapes[0] is not None and shapes[0] == shapes[1] else None
+    return 1 - fused[0] if fused and agree(*shapes) else None
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

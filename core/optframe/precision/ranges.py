@@ -32,11 +32,13 @@ class TensorRange:
 class Ranges:
     """Ranges by tensor name, with what they were measured on.
 
+    They hold for the model after its channels are divided by the factors of `equalization`, by name of their group.
     `model` is the fingerprint of the model, `data` a hash of the feeds, `calibrator` its name and options, `samples`
     how many feeds there were, `input_shapes` the shapes of the first.
     """
 
     tensors: Mapping[str, TensorRange]
+    equalization: Mapping[str, tuple[float, ...]]
     model: str
     data: str
     calibrator: str
@@ -56,6 +58,7 @@ class Ranges:
             "calibrator": self.calibrator,
             "samples": self.samples,
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
+            "equalization": dict(self.equalization),
             "tensors": {
                 name: {"threshold": tensor.threshold, "means": {str(axis): m for axis, m in tensor.means.items()}}
                 for name, tensor in self.tensors.items()
@@ -105,6 +108,7 @@ def _read(document: Mapping[str, object]) -> Ranges:
         raise ValueError("another format")
     return Ranges(
         tensors={name: _read_tensor(entry) for name, entry in document["tensors"].items()},  # type: ignore[attr-defined]
+        equalization={name: tuple(map(float, group)) for name, group in document["equalization"].items()},  # type: ignore[attr-defined]
         model=str(document["model"]),
         data=str(document["data"]),
         calibrator=str(document["calibrator"]),
