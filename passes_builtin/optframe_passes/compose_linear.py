@@ -73,11 +73,13 @@ def _compose(surgery: Surgery, first: ir.Node) -> ir.Node | None:
 def _followers(surgery: Surgery, first: ir.Node) -> tuple[ir.Node | None, ir.Node | None]:
     """Return the addition of a constant behind `first`, if any, and the linear layer that alone reads the result."""
     addition, second = None, only_reader(first.outputs[0])
-    dims = surgery.known.dims(first.outputs[0])
     if second is not None and is_onnx(second, "Add") and surgery.constant_side(second) is not None:
-        keeps_shape = dims is not None and surgery.known.dims(second.outputs[0]) == dims
-        addition, second = second, only_reader(second.outputs[0]) if keeps_shape else None
-    return addition, second if surgery.is_linear(second) else None
+        addition, second = second, only_reader(second.outputs[0])
+    if not surgery.is_linear(second):
+        return None, None
+    dims = surgery.known.dims(first.outputs[0])
+    widened = addition is not None and (dims is None or surgery.known.dims(addition.outputs[0]) != dims)
+    return (None, None) if widened else (addition, second)
 
 
 def _bias_behind(surgery: Surgery, addition: ir.Node, weight: Array) -> Array | None:

@@ -38,10 +38,12 @@ class ExchangeMeanLinear(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Exchange in place."""
         surgery = Surgery(model, context)
-        for node in reversed(surgery.nodes()):
-            reductions = _reductions(surgery, node)
-            if reductions and is_onnx(node, *_RULES):
-                _Exchange(surgery, node, reductions).run()
+        waiting = surgery.nodes()
+        while waiting:  # the last one first: what is behind a node has been exchanged with it before it is its turn
+            node = waiting.pop()
+            reductions = _reductions(surgery, node) if is_onnx(node, *_RULES) else []
+            if reductions:
+                waiting += _Exchange(surgery, node, reductions).run()
         return surgery.result
 
 
@@ -120,19 +122,20 @@ class _Exchange:
         for reader, reduction in readers:
             self._groups.setdefault(reduction, []).append(reader)
 
-    def run(self) -> None:
-        """Exchange in place."""
+    def run(self) -> list[ir.Node]:
+        """Exchange in place; return what has taken the place of the node."""
         rule = _RULES[self._node.op_type]
         exchanged = [rule(self._surgery, self._node, reduction) for reduction in self._groups]
         problem = "it does not commute with the reduction behind it" if None in exchanged else self._problem()
         if problem:
             self._surgery.context.near_miss(self._node, problem)
-        elif self._surgery.context.allow(self._node):
-            for readers, each in zip(self._groups.values(), exchanged, strict=True):
-                assert each is not None, "checked above"
-                self._replace(readers, each)
-            remove([self._node])
-            self._surgery.rewrites += 1
+        if problem or not self._surgery.context.allow(self._node):
+            return []
+        pairs = zip(self._groups.values(), exchanged, strict=True)
+        new = [self._replace(readers, each) for readers, each in pairs if each is not None]
+        remove([self._node])
+        self._surgery.rewrites += 1
+        return new
 
     def _problem(self) -> str | None:
         """Return why the exchange would not pay, or would break something."""
@@ -154,8 +157,8 @@ class _Exchange:
         sizes = [[size for axis in reduction.axes if isinstance(size := dims[axis], int)] for reduction in self._groups]
         return sum(1 / max(math.prod(each), 1) for each in sizes)
 
-    def _replace(self, readers: Sequence[ir.Node], exchanged: _Exchanged) -> None:
-        """Put the reduction and what is left of `node` behind `node`, for `readers` that reduce alike."""
+    def _replace(self, readers: Sequence[ir.Node], exchanged: _Exchanged) -> ir.Node:
+        """Put the reduction, and what is left of `node` behind it, in the place of `readers`; return the latter."""
         surgery, node = self._surgery, self._node
         first = self._reduction(readers[0], exchanged)
         inputs = list(node.inputs)
@@ -171,6 +174,7 @@ class _Exchange:
         for reader in readers[1:]:
             reader.outputs[0].replace_all_uses_with(second.outputs[0])
         remove(readers)
+        return second
 
     def _reduction(self, old: ir.Node, exchanged: _Exchanged) -> ir.Node:
         """Return the node that reduces what `node` was given, written as the opset wants it."""

@@ -44,9 +44,14 @@ class FoldScale(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Fold in place."""
         surgery = Surgery(model, context)
-        for node in surgery.nodes():
-            if node.graph is not None and is_onnx(node, "Mul", "Div"):
-                _Folding(surgery, node, self.max_copy_bytes).run()
+        while True:  # a factor that goes may open the way for another
+            rewrites = surgery.rewrites
+            factors = [node for node in surgery.nodes() if is_onnx(node, "Mul", "Div")]
+            stuck = [node for node in factors if node.graph and not _Folding(surgery, node, self.max_copy_bytes).run()]
+            if surgery.rewrites == rewrites:
+                break
+        for node in stuck:
+            context.near_miss(node, "no constant weights before or behind it can take the factor")
         return surgery.result
 
 
@@ -64,16 +69,16 @@ class _Folding:
         self._max_copy_bytes = max_copy_bytes
         self._budget = _FARTHEST
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Fold it; return False if it is the product with a constant, but nothing can take that."""
         side = self._surgery.constant_side(self._node)
         scale = None if side is None else self._scale(side)
         if side is None or scale is None:
-            return
+            return True
         steps = self._steps(side, scale)
-        if steps is None:
-            self._surgery.context.near_miss(self._node, "no constant weights before or behind it can take the scale")
-        elif self._surgery.context.allow(self._node):
+        if steps is not None and self._surgery.context.allow(self._node):
             self._surgery.rebuild(list(steps), (self._node, 1 - side), steps)
+        return steps is not None
 
     def _scale(self, side: int) -> Array | None:
         data, output = self._known.dims(self._node.inputs[1 - side]), self._known.dims(self._node.outputs[0])

@@ -105,6 +105,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "optframe_passes.sink_split:SinkSplit",
             "do once before a Split what is done to each of its parts",
         ),
+        PassSpec(
+            "winograd-conv",
+            "optframe_passes.winograd_conv:WinogradConv",
+            "compute 3x3 convolutions with fewer multiplications, for CPUs",
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -70,14 +71,29 @@ class Surgery:
     """One run of a pass: what is known of the model's values, names for new ones, and the count of rewrites."""
 
     def __init__(self, model: ir.Model, context: PassContext) -> None:
-        self.known = Propagation.of(model)
         self.context = context
         self.opset = onnx_version(model)
         self.rewrites = 0
         self._model = model
-        self._names = FreshNames(model)
-        heavy = weight_bytes(model) > _HEAVY_MODEL
-        self._limit = _LARGEST_WEIGHT_OF_HEAVY_MODEL if heavy else LARGEST_WEIGHT
+        self._copied: set[str | None] = set()
+
+    @cached_property
+    def known(self) -> Propagation:
+        """What is known of the model's values, found out when it is first asked for."""
+        return Propagation.of(self._model)
+
+    @cached_property
+    def _names(self) -> FreshNames:
+        return FreshNames(self._model)
+
+    @cached_property
+    def _node_names(self) -> set[str | None]:
+        return {node.name for node in self._model.graph.all_nodes() if node.name}
+
+    @cached_property
+    def _limit(self) -> int:
+        heavy = weight_bytes(self._model) > _HEAVY_MODEL
+        return _LARGEST_WEIGHT_OF_HEAVY_MODEL if heavy else LARGEST_WEIGHT
 
     @property
     def result(self) -> PassResult:
@@ -156,7 +172,7 @@ class Surgery:
         hint = f"{origin[-1].outputs[0].name or 'value'}/{op_type}"
         outputs = [ir.Value(name=self.name(hint)) for _ in range(num_outputs)]
         name = f"{origin[-1].name}/{op_type}" if origin[-1].name else None
-        node = ir.node(op_type, inputs, attributes, outputs=outputs, name=name)
+        node = ir.node(op_type, inputs, attributes, outputs=outputs, name=self._node_name(name))
         self.context.stamp([node], origin)
         return node
 
@@ -174,9 +190,21 @@ class Surgery:
         """Return a node like `node` that reads `inputs`; its outputs have new names, and it is in no graph yet."""
         outputs = [ir.Value(name=value.name and self.name(value.name)) for value in node.outputs]
         attributes = node.attributes.values()
-        copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=node.name)
+        name = node.name if node.name not in self._copied else self._node_name(node.name)
+        self._copied.add(node.name)
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name)
         self.context.stamp([copy], [node])
         return copy
+
+    def _node_name(self, hint: str | None) -> str | None:
+        """Return a name that no node has, made from `hint`; onnxruntime refuses two nodes of one name."""
+        name, number = hint, 0
+        while name in self._node_names:
+            number += 1
+            name = f"{hint}_{number}"
+        if name:
+            self._node_names.add(name)
+        return name
 
     def insert(self, position: ir.Node, nodes: Sequence[ir.Node]) -> None:
         """Put `nodes` behind `position` and find out the types of what they make."""

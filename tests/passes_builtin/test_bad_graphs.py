@@ -1,4 +1,4 @@
-"""Graphs that are no valid ONNX: no pass of the clean-up crashes on one, or makes it valid by accident."""
+"""Graphs that are no valid ONNX: no pass crashes on one, or makes it valid by accident."""
 
 from __future__ import annotations
 
@@ -9,17 +9,43 @@ import onnx_ir as ir
 import pytest
 
 from optframe.passes import GraphPass, PassContext
+from optframe_passes.compose_linear import ComposeLinear
+from optframe_passes.distribute_constant_add import DistributeConstantAdd
+from optframe_passes.drop_softmax_invariant import DropSoftmaxInvariant
 from optframe_passes.eliminate_dead_code import EliminateDeadCode
 from optframe_passes.eliminate_identity import EliminateIdentity
+from optframe_passes.exchange_mean_linear import ExchangeMeanLinear
 from optframe_passes.fold_constants import FoldConstants
 from optframe_passes.fold_conv_scale import FoldConvScale
+from optframe_passes.fold_scale import FoldScale
 from optframe_passes.infer_shapes import InferShapes
 from optframe_passes.lift_opset import LiftOpset
 from optframe_passes.merge_duplicates import MergeDuplicates
+from optframe_passes.merge_parallel_matmuls import MergeParallelMatMuls
+from optframe_passes.select_gemm import SelectGemm
+from optframe_passes.sink_split import SinkSplit
+from optframe_passes.winograd_conv import WinogradConv
 
 Parse = Callable[..., ir.Model]
 
-PASSES = (LiftOpset, InferShapes, FoldConstants, FoldConvScale, EliminateIdentity, MergeDuplicates, EliminateDeadCode)
+PASSES = (
+    LiftOpset,
+    InferShapes,
+    FoldConstants,
+    FoldConvScale,
+    EliminateIdentity,
+    MergeDuplicates,
+    EliminateDeadCode,
+    ComposeLinear,
+    DistributeConstantAdd,
+    DropSoftmaxInvariant,
+    ExchangeMeanLinear,
+    FoldScale,
+    MergeParallelMatMuls,
+    SelectGemm,
+    SinkSplit,
+    WinogradConv,
+)
 
 
 def cyclic(parse: Parse) -> ir.Model:

@@ -40,7 +40,7 @@ PASSES: tuple[GraphPass, ...] = (
     MergeDuplicates(),
     DropSoftmaxInvariant(),
     ComposeLinear(),
-    MergeParallelMatMuls(min_depth=1),
+    MergeParallelMatMuls(min_count=3, min_depth=1),
     SinkSplit(),
     SelectGemm(),
 )

@@ -18,7 +18,7 @@ Check = Callable[..., Any]
 Parse = Callable[..., ir.Model]
 Weigh = Callable[..., ir.Model]
 
-MERGE = MergeParallelMatMuls(min_depth=4)
+MERGE = MergeParallelMatMuls(min_count=3, min_depth=4)
 
 # The same products in the same order but for how a kernel blocks them: a few roundings of 6e-8.
 FP32 = 1e-5
@@ -83,9 +83,10 @@ def test_layers_stay(form: str, parse: Parse, weigh: Weigh, check: Check, rng: n
     assert not check(MERGE, model_of(body, parse, weigh, rng)).result.modified
 
 
-def test_thin_layers_stay(parse: Parse, weigh: Weigh, check: Check, rng: np.random.Generator) -> None:
+def test_thin_and_few_layers_stay(parse: Parse, weigh: Weigh, check: Check, rng: np.random.Generator) -> None:
     model = model_of(FORMS["without-biases"][0], parse, weigh, rng)
-    assert not check(MergeParallelMatMuls(), model).result.modified
+    assert not check(MergeParallelMatMuls(min_count=3), model).result.modified
+    assert not check(MergeParallelMatMuls(min_depth=4), model).result.modified
 
 
 def test_constants_that_would_grow_too_large_stay_behind(
@@ -94,11 +95,11 @@ def test_constants_that_would_grow_too_large_stay_behind(
     body = "m = MatMul (x, u)  y = Add (m, b)  n = MatMul (x, v)  z = Add (c, n)  t = MatMul (x, w)"
     model = model_of(body, parse, weigh, rng)
     needed = 4 * 5 * (6 + 3 + 1)
-    assert check(MergeParallelMatMuls(min_depth=4, max_bytes=needed), model, allowed=FP32).ops["Add"] == 1
-    outcome = check(MergeParallelMatMuls(min_depth=4, max_bytes=needed - 1), model, allowed=FP32)
+    assert check(MergeParallelMatMuls(min_count=3, min_depth=4, max_bytes=needed), model, allowed=FP32).ops["Add"] == 1
+    outcome = check(MergeParallelMatMuls(min_count=3, min_depth=4, max_bytes=needed - 1), model, allowed=FP32)
     assert outcome.ops == {"MatMul": 1, "Split": 1, "Add": 2}
     two = model_of("m = MatMul (x, u)  y = Add (m, b)  n = MatMul (x, v)  z = Add (c, n)", parse, weigh, rng)
-    assert not check(MergeParallelMatMuls(min_depth=4, max_bytes=1), two).result.modified
+    assert not check(MergeParallelMatMuls(min_count=3, min_depth=4, max_bytes=1), two).result.modified
 
 
 def test_large_weights_with_other_readers_are_not_copied(
@@ -106,14 +107,14 @@ def test_large_weights_with_other_readers_are_not_copied(
 ) -> None:
     body = "y = MatMul (x, u)  z = MatMul (x, v)  t = MatMul (x, w)  r = Relu (x)  q = MatMul (r, u)  t2 = Add (q, u)"
     model = model_of(body.replace("  t2 = Add (q, u)", ""), parse, weigh, rng)
-    assert not check(MergeParallelMatMuls(min_depth=4, max_bytes=95), model).result.modified
-    assert check(MergeParallelMatMuls(min_depth=4, max_bytes=96), model, allowed=FP32).ops["MatMul"] == 2
+    assert not check(MergeParallelMatMuls(min_count=3, min_depth=4, max_bytes=95), model).result.modified
+    assert check(MergeParallelMatMuls(min_count=3, min_depth=4, max_bytes=96), model, allowed=FP32).ops["MatMul"] == 2
 
 
 def test_each_subgraph_is_merged_for_itself(check: Check) -> None:
     weights = ", ".join(f"float[2,2] {name} = {{1.0, 2.0, 3.0, {i}.5}}" for i, name in enumerate("uvw"))
     outcome = check(
-        MergeParallelMatMuls(min_depth=1),
+        MergeParallelMatMuls(min_count=3, min_depth=1),
         f"""g (float[2,2] x, bool flag) => (float[2,2] y) <{weights}> {{
             a = MatMul (x, w)  b = MatMul (x, v)  c = MatMul (x, u)  d = Sum (a, b, c)
             e = If (flag) <

@@ -68,3 +68,15 @@ def test_only_readers(parse: Parse) -> None:
     assert only_reader(neg.outputs[0]) is None  # is read twice, by one node
     assert only_reader(add.outputs[0]) is sin
     assert only_reader(sin.outputs[0]) is None  # is read in another graph
+
+
+def test_nodes_get_names_of_their_own(parse: Parse) -> None:
+    model = parse("g (float[2] x) => (float[2] y) { [a] b = Relu (x)  [c] y = Neg (b) }")
+    surgery = Surgery(model, PassContext())
+    relu, neg = model.graph
+    made = [surgery.new("Relu", [relu.inputs[0]], [relu]) for _ in range(2)]
+    copies = [surgery.copy(neg, [relu.outputs[0]]) for _ in range(2)]
+    assert [node.name for node in made] == ["a/Relu", "a/Relu_1"]
+    assert copies[0].name == "c"  # takes the place of the original
+    assert copies[1].name not in {"c", None}
+    assert len({value.name for node in (relu, neg, *made, *copies) for value in node.outputs}) == 6
