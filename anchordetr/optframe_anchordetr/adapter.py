@@ -59,6 +59,7 @@ class AnchorDETRAdapter:
 
     Options: ClassVar[type[AnchorDETROptions]] = AnchorDETROptions
     pipeline = "anchordetr"
+    pipelines: ClassVar[Mapping[str, str]] = {"cuda": "anchordetr-cuda", "tensorrt": "anchordetr-tensorrt"}
     source = "PyTorch FP32"
 
     def __init__(self, options: AnchorDETROptions) -> None:

@@ -9,6 +9,7 @@ from optframe.errors import InputError
 from optframe.types import OpAttribute, OpParameter, OpSpec, TensorInfo
 from optframe_anchordetr import kernels
 from optframe_anchordetr.kernels.checks import pad, require, require_same
+from optframe_anchordetr.kernels.rcda import rcda_sizes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,8 +54,8 @@ RCDA = OpSpec(
     inputs=(
         OpParameter("q_row"),
         OpParameter("q_col"),
-        OpParameter("k_row"),
-        OpParameter("k_col"),
+        OpParameter("k_row", shift_invariant_axis=1),
+        OpParameter("k_col", shift_invariant_axis=1),
         OpParameter("v"),
         OpParameter("row_mask", ("bool",), optional=True),
         OpParameter("column_mask", ("bool",), optional=True),
@@ -134,27 +135,38 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
 
     A_row = softmax(q_row k_row^T) over x, A_col = softmax(q_col k_col^T) over y, with -inf where a mask is True; the
     queries come scaled. Wang et al., "Anchor DETR", arXiv:2109.07107, section 3.3. The row sum comes first, as a matrix
-    product with (y, channel) as columns: of eight formulations the fastest in onnxruntime on the CPU.
+    product with (y, channel) as columns: of eight formulations the fastest in onnxruntime on the CPU. The keys alone
+    say how many images, rows and columns there are; queries and value may have any axes in front of their channels.
 
     Raises:
         InputError: `opset` is below `MINIMUM_OPSET`.
     """
     body = [
-        *[f"{name} = Constant <value_ints: ints = [{index}]> ()" for name, index in (("i1", 1), ("i3", 3))],
-        "v_shape = Shape (v)",
-        *[f"{name} = Gather (v_shape, {i})" for name, i in (("height", "i1"), ("channels", "i3"))],
+        *[f"i{index} = Constant <value_ints: ints = [{index}]> ()" for index in range(3)],
+        "row_shape = Shape (k_row)",
+        "column_shape = Shape (k_col)",
+        "images = Gather (row_shape, i0)",
+        "width = Gather (row_shape, i1)",
+        "height = Gather (column_shape, i1)",
+        "channels = Gather (row_shape, i2)",
         "heads_scalar = Constant <value_int: int = @num_heads> ()",
         "heads = Reshape (heads_scalar, i1)",
         "size = Div (channels, heads)",
         "columns = Mul (height, size)",
-        "keep2 = Constant <value_ints: ints = [0, 0]> ()",
+        "query_shape = Shape (q_row)",
+        "query_elements = ReduceProd (query_shape)",
+        "pitch = Mul (images, channels)",
+        "divisor = Max (pitch, i1)",  # of no images there are no queries
+        "queries = Div (query_elements, divisor)",
         "keep3 = Constant <value_ints: ints = [0, 0, 0]> ()",
-        "split = Concat <axis: int = 0> (keep2, heads, size)",
+        "split = Concat <axis: int = 0> (images, queries, heads, size)",
+        "keep2 = Constant <value_ints: ints = [0, 0]> ()",
+        "split_keys = Concat <axis: int = 0> (keep2, heads, size)",
         *_attention("row", "row_mask" if "row_mask" in dtypes else None),
         *_attention("col", "column_mask" if "column_mask" in dtypes else None),
         "v32 = Cast <to: int = 1> (v)",
-        "split_v = Concat <axis: int = 0> (keep3, heads, size)",
-        "v_heads = Reshape (v32, split_v)",  # (N, h, w, heads, D)
+        "split_v = Concat <axis: int = 0> (images, height, width, heads, size)",
+        "v_heads = Reshape <allowzero: int = 1> (v32, split_v)",  # (N, h, w, heads, D)
         "v_turned = Transpose <perm: ints = [0, 3, 2, 1, 4]> (v_heads)",
         "fuse_v = Concat <axis: int = 0> (keep3, columns)",
         "v_columns = Reshape (v_turned, fuse_v)",  # (N, heads, w, h * D)
@@ -164,8 +176,7 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         *_unsqueezed("a_col_row", "a_col", [3]),
         "attended = MatMul (a_col_row, partial_rows)",  # (N, heads, L, 1, D)
         "turned_back = Transpose <perm: ints = [0, 2, 1, 3, 4]> (attended)",
-        "merge = Concat <axis: int = 0> (keep2, channels)",
-        "out32 = Reshape (turned_back, merge)",
+        "out32 = Reshape <allowzero: int = 1> (turned_back, query_shape)",
         "out = CastLike (out32, q_row)",
     ]
     return _function(RCDA, opset, dtypes, body, "<num_heads>")
@@ -174,11 +185,11 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
 def _attention(axis: str, mask: str | None) -> list[str]:
     """Return the lines that make a_row or a_col (N, heads, L, keys) from q and k."""
     lines = []
-    for operand, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1])):
+    for operand, perm, zeros, split in (("q", [0, 2, 1, 3], 1, "split"), ("k", [0, 2, 3, 1], 0, "split_keys")):
         name = f"{operand}_{axis}"
         lines += [
             f"{name}_32 = Cast <to: int = 1> ({name})",
-            f"{name}_heads = Reshape ({name}_32, split)",
+            f"{name}_heads = Reshape <allowzero: int = {zeros}> ({name}_32, {split})",
             f"{name}_turned = Transpose <perm: ints = {perm}> ({name}_heads)",
         ]
     lines.append(f"{axis}_scores = MatMul (q_{axis}_turned, k_{axis}_turned)")
@@ -249,30 +260,15 @@ def _check_parameters(op: str, x: TensorInfo, *parameters: TensorInfo | None) ->
 
 
 def rcda_shapes(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
-    """Return (out,), which is like q_row (N, L, C).
+    """Return (out,), which is like q_row: (N, L, C), or other axes of N L rows in front of the C channels.
 
-    q_col is (N, L, C), k_row (N, w, C), k_col (N, h, C), v (N, h, w, C), row_mask (N, w), column_mask (N, h).
+    q_col is like q_row, k_row (N, w, C), k_col (N, h, C), v (N, h, w, C) or other axes of N h w rows in front of C,
+    row_mask (N, w), column_mask (N, h).
 
     Raises:
         InputError: a shape or dtype does not fit, or num_heads does not divide C.
     """
-    q_row, q_col, k_row, k_col, v, row_mask, column_mask = pad("RCDA", inputs, 5, 7)
-    assert q_row is not None
-    assert v is not None
-    require(len(q_row.shape) == 3, f"RCDA: q_row has shape {list(q_row.shape)}, but must be (N, L, C)")
-    require(len(v.shape) == 4, f"RCDA: v has shape {list(v.shape)}, but must be (N, h, w, C)")
-    (n, _, channels), (h, w), dtype = q_row.shape, v.shape[1:3], q_row.dtype
-    for name, info, expected in (
-        ("q_col", q_col, q_row),
-        ("k_row", k_row, TensorInfo((n, w, channels), dtype)),
-        ("k_col", k_col, TensorInfo((n, h, channels), dtype)),
-        ("v", v, TensorInfo((n, h, w, channels), dtype)),
-        ("row_mask", row_mask, TensorInfo((n, w), "bool")),
-        ("column_mask", column_mask, TensorInfo((n, h), "bool")),
-    ):
-        if info is not None:
-            require_same("RCDA", name, info, expected)
-    heads = attributes.get("num_heads")
-    divides = isinstance(heads, int) and heads > 0 and channels % heads == 0
-    require(divides, f"RCDA: num_heads is {heads!r}, but must divide the {channels} channels")
-    return (q_row,)
+    checked = pad("RCDA", inputs, 5, 7)
+    rcda_sizes(checked, attributes)
+    assert checked[0] is not None
+    return (checked[0],)

@@ -55,14 +55,30 @@ def optframe_passes() -> Iterable[PassSpec]:
 
 @hookimpl
 def optframe_pipelines() -> Iterable[PipelineSpec]:
-    """Register the pipeline that `optframe run anchordetr` uses."""
+    """Register the pipelines that `optframe run anchordetr` uses: one for each kind of backend."""
     return [
         PipelineSpec(
+            "anchordetr-start",
+            "infer-shapes,remove-glue-ops,precompute-inverse-sigmoid,clean,fuse-layernorm,fold-conv-scale",
+            "what the pipelines of Anchor DETR begin with",
+        ),
+        PipelineSpec(
+            "anchordetr-end",
+            "fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
+            "what the pipelines of Anchor DETR end with: LayerNorm as plugin op, with the sum before it",
+        ),
+        PipelineSpec(
             "anchordetr",
-            "infer-shapes,remove-glue-ops,precompute-inverse-sigmoid,clean,fuse-layernorm,fold-conv-scale,fuse-rcda,"
-            "linear,layout,fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
+            "anchordetr-start,fuse-rcda,linear,layout,anchordetr-end",
             "what portable does, and the plugin ops of Anchor DETR, which carry their meaning in standard ops",
-        )
+        ),
+        PipelineSpec(
+            "anchordetr-tensorrt",
+            "anchordetr-start,fuse-rcda{rows=true},linear,compose-linear,"
+            "merge-parallel-matmuls{min_biased=4},layout,select-gemm,anchordetr-end",
+            "what tensorrt does, with the plugin ops",
+        ),
+        PipelineSpec("anchordetr-cuda", "anchordetr-tensorrt", "the same, for a runtime that launches the kernels"),
     ]
 
 

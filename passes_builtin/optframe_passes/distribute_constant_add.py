@@ -12,6 +12,7 @@ import onnx_ir as ir
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.broadcast import of_rank, reshaped, trimmed
 from optframe_passes.edit import Array, is_onnx, remove, small_constant
+from optframe_passes.reduction import Reduction
 from optframe_passes.surgery import Surgery, only_reader
 
 
@@ -22,8 +23,9 @@ class DistributeConstantAdd(GraphPass):
     So the positions that a transformer adds before its projections become part of their biases, and projections of x
     and of x + c become projections of one input. An addition moves only if all its readers let it through and the
     model gets no more nodes: each reader is a MatMul by a constant matrix, and all of them but one have a constant
-    added behind them already. A Reshape in between that keeps the last axis goes behind the new addition. The new
-    constant keeps the broadcast shape of c: [1, 50, 1, 256] W is [1, 50, 1, columns]; it may take `max_bytes`.
+    added behind them already. A Reshape in between that keeps the last axis goes behind the new addition, and what a
+    ReduceMean or ReduceSum in between makes of the constant is added instead.
+    The new constant keeps the broadcast shape of c: [1, 50, 1, 256] W is [1, 50, 1, columns]; it may take `max_bytes`.
     Subtraction of a constant counts as addition. Computed in float64.
 
     Example:
@@ -51,36 +53,54 @@ def _is_addition(surgery: Surgery, node: ir.Node) -> bool:
 class _Taker:
     """Nodes in a row that take a constant from before them: each may be absent, but not the last two together.
 
-    The Reshape keeps the last axis, and will stand behind the others. `addition` adds a constant already.
+    The Reshape keeps the last axis, and will stand behind the others. `addition` adds a constant already. There is a
+    Reshape or a mean (or sum), if any, not both.
     """
 
-    reshape: ir.Node | None
-    product: ir.Node | None
-    addition: ir.Node | None
+    reshape: ir.Node | None = None
+    mean: ir.Node | None = None
+    product: ir.Node | None = None
+    addition: ir.Node | None = None
 
     @classmethod
     def of(cls, surgery: Surgery, reader: ir.Node) -> _Taker | None:
         """Return the taker that begins with `reader`, None if there is none."""
-        if _is_addition(surgery, reader):
-            return cls(None, None, reader)
-        reshape, product = None, reader
+        behind = only_reader(reader.outputs[0])
         if is_onnx(reader, "Reshape"):
-            behind = only_reader(reader.outputs[0])
-            if behind is None or not _keeps_last_axis(surgery, reader):
-                return None
-            reshape, product = reader, behind
-        if not surgery.is_linear(product):
+            return cls._behind(surgery, behind, reshape=reader) if _keeps_last_axis(surgery, reader) else None
+        if is_onnx(reader, "ReduceMean", "ReduceSum"):
+            return cls._behind(surgery, behind, mean=reader)
+        return cls._behind(surgery, reader)
+
+    @classmethod
+    def _behind(
+        cls,
+        surgery: Surgery,
+        node: ir.Node | None,
+        reshape: ir.Node | None = None,
+        mean: ir.Node | None = None,
+    ) -> _Taker | None:
+        """Return the taker whose product or addition is `node`."""
+        if node is None:
             return None
-        addition = only_reader(product.outputs[0])
-        return cls(reshape, product, addition if addition is not None and _is_addition(surgery, addition) else None)
+        if surgery.is_linear(node):
+            addition = only_reader(node.outputs[0])
+            biased = addition is not None and _is_addition(surgery, addition)
+            return cls(reshape, mean, node, addition if biased else None)
+        return cls(reshape, mean, None, node) if _is_addition(surgery, node) and reshape is None else None
 
     @property
     def nodes(self) -> list[ir.Node]:
         """All of them, first one first."""
-        return [node for node in (self.reshape, self.product, self.addition) if node is not None]
+        return [node for node in (self.reshape, self.mean, self.product, self.addition) if node is not None]
 
     def constant(self, surgery: Surgery, addend: Array) -> Array | None:
         """Return the constant to add behind the product, before the Reshape, in the place of `addend` before it."""
+        if self.mean is not None:
+            reduced = _reduced(surgery, self.mean, addend)
+            if reduced is None:
+                return None
+            addend = reduced
         if self.product is not None:
             weight = surgery.constant(self.product.inputs[1])
             if weight is None:
@@ -106,6 +126,9 @@ class _Taker:
     def moved(self, surgery: Surgery, source: ir.Node, data: ir.Value | None, constant: Array) -> list[ir.Node]:
         """Return the nodes that read `data` and add `constant`; `source` is the addition that goes."""
         new: list[ir.Node] = []
+        if self.mean is not None:
+            new.append(surgery.copy(self.mean, [data, *self.mean.inputs[1:]]))
+            data = new[-1].outputs[0]
         if self.product is not None:
             new.append(surgery.copy(self.product, [data, self.product.inputs[1]]))
             data = new[-1].outputs[0]
@@ -129,6 +152,13 @@ class _Taker:
         assert target is not None, "checked by _keeps_last_axis"
         assert weight is not None, "a linear layer has constant weights"
         return np.array([*target[:-1], weight.shape.numpy()[1]], np.int64)
+
+
+def _reduced(surgery: Surgery, node: ir.Node, addend: Array) -> Array | None:
+    """Return what the mean or sum `node` makes of a constant added before it, None if that is not known."""
+    dims = surgery.known.dims(node.inputs[0])
+    reduction = None if dims is None else Reduction.of(node, len(dims))
+    return None if dims is None or reduction is None else reduction.of_constant(addend, len(dims), dims)
 
 
 def _keeps_last_axis(surgery: Surgery, reshape: ir.Node) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.broadcast import of_rank, permutation, trimmed
-from optframe_passes.edit import Array, ints_option, is_onnx, remove
+from optframe_passes.broadcast import of_rank, permutation
+from optframe_passes.edit import Array, is_onnx, remove
+from optframe_passes.reduction import Reduction
 from optframe_passes.surgery import Surgery
 
 
@@ -47,55 +48,14 @@ class ExchangeMeanLinear(GraphPass):
         return surgery.result
 
 
-@dataclass(frozen=True)
-class _Reduction:
-    """What a ReduceMean, ReduceSum or GlobalAveragePool does; `axes` are sorted and not negative."""
-
-    mean: bool
-    axes: tuple[int, ...]
-    keepdims: bool
-
-    @classmethod
-    def of(cls, node: ir.Node, rank: int) -> _Reduction | None:
-        """Return what `node` does to a tensor of `rank`, None if it is no such reduction, or over unknown axes."""
-        if is_onnx(node, "GlobalAveragePool"):
-            return cls(True, tuple(range(2, rank)), True)
-        if not is_onnx(node, "ReduceMean", "ReduceSum"):
-            return None
-        axes = ints_option(node, "axes", 1)
-        if axes == () and not node.attributes.get_int("noop_with_empty_axes", 0):
-            axes = tuple(range(rank))
-        if not axes:
-            return None
-        keepdims = bool(node.attributes.get_int("keepdims", 1))
-        return cls(node.op_type == "ReduceMean", tuple(sorted({axis % rank for axis in axes})), keepdims)
-
-    def of_constant(self, array: Array, rank: int, dims: Sequence[int | str]) -> Array | None:
-        """Return the reduction of a constant that is broadcast to `dims`; None if it depends on an unknown size."""
-        full = of_rank(array, rank)
-        if self.mean:
-            reduced = full.mean(axis=self.axes, keepdims=True)
-        else:
-            repeated = [dims[axis] for axis in self.axes if full.shape[axis] == 1]
-            times = math.prod(size for size in repeated if isinstance(size, int))
-            if any(isinstance(size, str) for size in repeated):
-                return None
-            reduced = full.sum(axis=self.axes, keepdims=True) * times
-        return trimmed(reduced if self.keepdims else reduced.squeeze(self.axes))
-
-    def over(self, axes: Sequence[int]) -> _Reduction:
-        """Return the same reduction over other axes."""
-        return _Reduction(self.mean, tuple(sorted(axes)), self.keepdims)
-
-
-def _reductions(surgery: Surgery, node: ir.Node) -> list[tuple[ir.Node, _Reduction]]:
+def _reductions(surgery: Surgery, node: ir.Node) -> list[tuple[ir.Node, Reduction]]:
     """Return the readers of `node` if they are all reductions that stand in the same graph."""
     rank = surgery.rank(node.outputs[0]) if len(node.outputs) == 1 else None
     if rank is None or node.outputs[0].is_graph_output():
         return []
-    found: list[tuple[ir.Node, _Reduction]] = []
+    found: list[tuple[ir.Node, Reduction]] = []
     for use in node.outputs[0].uses():
-        reduction = _Reduction.of(use.node, rank) if use.idx == 0 and use.node.graph is node.graph else None
+        reduction = Reduction.of(use.node, rank) if use.idx == 0 and use.node.graph is node.graph else None
         if reduction is None:
             return []
         found.append((use.node, reduction))
@@ -106,7 +66,7 @@ def _reductions(surgery: Surgery, node: ir.Node) -> list[tuple[ir.Node, _Reducti
 class _Exchanged:
     """A node behind a reduction of its input `data`: what reduces that, and what changes about the node itself."""
 
-    before: _Reduction
+    before: Reduction
     data: int = 0
     constant: Array | None = None
     permutation: tuple[int, ...] | None = None
@@ -115,10 +75,10 @@ class _Exchanged:
 class _Exchange:
     """The attempt to take the reductions that read `node` before it."""
 
-    def __init__(self, surgery: Surgery, node: ir.Node, readers: Sequence[tuple[ir.Node, _Reduction]]) -> None:
+    def __init__(self, surgery: Surgery, node: ir.Node, readers: Sequence[tuple[ir.Node, Reduction]]) -> None:
         self._surgery = surgery
         self._node = node
-        self._groups: dict[_Reduction, list[ir.Node]] = {}
+        self._groups: dict[Reduction, list[ir.Node]] = {}
         for reader, reduction in readers:
             self._groups.setdefault(reduction, []).append(reader)
 
@@ -192,22 +152,22 @@ class _Exchange:
         return self._surgery.new(op_type, inputs, [old], attributes)
 
 
-_Rule: TypeAlias = Callable[[Surgery, ir.Node, _Reduction], _Exchanged | None]
+_Rule: TypeAlias = Callable[[Surgery, ir.Node, Reduction], _Exchanged | None]
 """Returns what is left of a node behind a reduction, None where the two do not commute."""
 
 
-def _matmul(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchanged | None:
+def _matmul(surgery: Surgery, node: ir.Node, reduction: Reduction) -> _Exchanged | None:
     rank, rank_of_matrix = surgery.rank(node.inputs[0]), surgery.rank(node.inputs[1])
     mixed = rank is None or rank - 1 in reduction.axes
     return None if mixed or rank_of_matrix != 2 else _Exchanged(reduction)
 
 
-def _addition(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchanged | None:
+def _addition(surgery: Surgery, node: ir.Node, reduction: Reduction) -> _Exchanged | None:
     side = surgery.constant_side(node)
     return None if side is None else _with_constant(surgery, node, reduction, side, reduction)
 
 
-def _scaling(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchanged | None:
+def _scaling(surgery: Surgery, node: ir.Node, reduction: Reduction) -> _Exchanged | None:
     side = surgery.constant_side(node)
     array = None if side is None else surgery.constant(node.inputs[side])
     rank = surgery.rank(node.outputs[0])
@@ -220,7 +180,7 @@ def _scaling(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchang
 
 
 def _with_constant(
-    surgery: Surgery, node: ir.Node, reduction: _Reduction, side: int, of_constant: _Reduction
+    surgery: Surgery, node: ir.Node, reduction: Reduction, side: int, of_constant: Reduction
 ) -> _Exchanged | None:
     """Return `node` with its constant reduced too, if its other operand is not broadcast along the axes reduced."""
     array, value = surgery.constant(node.inputs[side]), node.inputs[1 - side]
@@ -234,7 +194,7 @@ def _with_constant(
     return None if constant is None else _Exchanged(reduction, 1 - side, constant)
 
 
-def _transpose(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchanged | None:
+def _transpose(surgery: Surgery, node: ir.Node, reduction: Reduction) -> _Exchanged | None:
     rank = surgery.rank(node.inputs[0])
     if rank is None:
         return None
@@ -245,7 +205,7 @@ def _transpose(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Excha
     return _Exchanged(reduction.over(axes), permutation=new_order)
 
 
-def _convolution(surgery: Surgery, node: ir.Node, reduction: _Reduction) -> _Exchanged | None:
+def _convolution(surgery: Surgery, node: ir.Node, reduction: Reduction) -> _Exchanged | None:
     dims = surgery.known.dims(node.inputs[1])
     biased = len(node.inputs) > 2 and node.inputs[2] is not None
     if dims is None or not reduction.keepdims or min(reduction.axes) < 2 or (biased and not reduction.mean):

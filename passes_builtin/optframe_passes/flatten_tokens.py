@@ -38,8 +38,8 @@ class FlattenTokens(GraphPass):
 
     MatMul by a matrix, LayerNormalization and Softmax over the last axis, Split and Concat along it and elementwise
     ops do not care how the other axes are divided. Reshapes between them that keep the last axis vanish; MatMul and
-    the Add of a bias become one Gemm, which takes matrices only. Where a region meets other ops a Reshape stands, but
-    not in front of or behind a Reshape, which takes the other shape itself. Which nodes work on matrices is decided
+    the Add of a constant become one Gemm, which takes matrices only. Where a region meets other ops a Reshape stands,
+    but not in front of or behind a Reshape, which takes the other shape itself. Which nodes work on matrices is decided
     for the whole graph at once, as a minimum cut, so that it has the fewest nodes; if no nodes are saved nothing
     happens. A constant that does not broadcast any more is expanded, up to `max_bytes`.
 
@@ -226,7 +226,7 @@ class _Plan:
         return self.flattens(value) and value is not None and tensor_of(value) is None
 
     def _biased_products(self) -> Iterator[tuple[ir.Node, ir.Node]]:
-        """Yield MatMuls and the Adds of a bias to them."""
+        """Yield MatMuls and the Adds of a constant, to each row or a row of its own, that widen nothing."""
         for node in self._nodes:
             if node not in self.members or node.op_type != "MatMul":
                 continue
@@ -235,16 +235,9 @@ class _Plan:
                 continue
             bias = next((value for value in addition.inputs if value is not node.outputs[0]), None)
             floats = self.surgery.known.dtype(node.outputs[0]) in FLOATS
-            if bias is not None and tensor_of(bias) is not None and floats and self._is_row(bias, addition):
+            same = self.dims(node.outputs[0]) == self.dims(addition.outputs[0])
+            if bias is not None and tensor_of(bias) is not None and self.dims(bias) and floats and same:
                 yield node, addition
-
-    def _is_row(self, bias: ir.Value, addition: ir.Node) -> bool:
-        """Return whether `bias` is the same for all rows of the product that it is added to, and widens nothing."""
-        product = addition.inputs[1] if addition.inputs[0] is bias else addition.inputs[0]
-        dims = self.dims(bias)
-        return (
-            bool(dims) and all(dim == 1 for dim in dims[:-1]) and self.dims(product) == self.dims(addition.outputs[0])
-        )
 
 
 class _Flattening:

@@ -64,7 +64,8 @@ def _fold(conv: ir.Node, names: FreshNames, context: PassContext) -> bool:
     if not chain:
         return False
     with np.errstate(over="ignore", invalid="ignore"):
-        new_weight = (weight.astype(np.float64) * _along_weight(conv, weight, total.scale)).astype(weight.dtype)
+        new_weight = np.empty_like(weight)  # the product is float64, piece by piece: no second copy in memory
+        np.multiply(weight, _along_weight(conv, weight, total.scale), out=new_weight, casting="same_kind")
         new_bias = (bias.astype(np.float64) * total.scale + total.offset).astype(weight.dtype)
     if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
         context.near_miss(conv, f"scaled weights would leave the range of {weight.dtype}")

@@ -86,7 +86,7 @@ def _bypass(surgery: Surgery, node: ir.Node, value: ir.Value) -> None:
 def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     concat = producer_of(node.inputs[0], "Concat")
     axis = None if concat is None else _axis(surgery, concat, node.inputs[0])
-    taken = None if axis is None else _range(surgery, node, axis)
+    taken = None if axis is None else slice_range(surgery, node, axis)
     if concat is None or axis is None or taken is None:
         return None
     found = _operand(surgery, concat, axis, *taken)
@@ -102,7 +102,7 @@ def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     return _replace_by_slice(surgery, [node], operand, axis, taken[0] - offset, taken[1] - offset)
 
 
-def _range(surgery: Surgery, node: ir.Node, axis: int) -> tuple[int, int] | None:
+def slice_range(surgery: Surgery, node: ir.Node, axis: int) -> tuple[int, int] | None:
     """Return what a Slice of `axis` alone, with step 1, takes; None for other Slices and for empty ones."""
     starts, ends, steps = (ints_option(node, name, index) for name, index in (("", 1), ("", 2), ("", 4)))
     axes = ints_option(node, "", 3)

@@ -51,8 +51,14 @@ class LayerNormMatch:
         return self.constant(np.broadcast_to(inner, dims), f"{value.name}_vector", names)
 
     def constant(self, array: Array, hint: str, names: FreshNames) -> ir.Value:
-        """Return `array` as a new initialiser of the graph that the match is in."""
-        return add_initializer(graph_of(self.nodes[-1]), names(hint), array)
+        """Return `array` as an initialiser of the graph that the match is in, the same for all matches."""
+        graph = graph_of(self.nodes[-1])
+        for name, value in graph.initializers.items():
+            if name.startswith(hint) and not value.is_graph_input():
+                present = small_constant(value)
+                if present is not None and present.dtype == array.dtype and np.array_equal(present, array):
+                    return value
+        return add_initializer(graph, names(hint), array)
 
     @property
     def static_dims(self) -> tuple[int, ...] | None:

@@ -21,8 +21,9 @@ class MergeParallelMatMuls(GraphPass):
     """Merge MatMuls of one input by constant matrices into one MatMul by the matrices side by side, and a Split.
 
     Constants added behind them are merged as well, as long as the merged one, in the shape that they broadcast to,
-    takes no more than `max_bytes`. Where there are none, or they stay behind the Split, at least `min_count` MatMuls
-    must be there to be merged. A matrix with other readers is copied if it takes no more than `max_bytes`.
+    takes no more than `max_bytes`. At least `min_biased` layers must be there to be merged in that case; where there
+    are no constants, or they stay behind the Split, `min_count`. A matrix with other readers is copied if it takes no
+    more than `max_bytes`.
 
     What is saved are nodes, the more if `sink-split` follows: what comes behind the layers is then done once for all. A
     GPU launches fewer kernels. On a CPU the copy that a Split makes costs a little more than one wide product saves:
@@ -36,6 +37,7 @@ class MergeParallelMatMuls(GraphPass):
 
     name: ClassVar[str] = "merge-parallel-matmuls"
     min_count: int = 4
+    min_biased: int = 2
     min_depth: int = 64
     max_bytes: int = 4 << 20
 
@@ -64,7 +66,7 @@ class MergeParallelMatMuls(GraphPass):
         bias = _merged_bias(layers, self.max_bytes)
         removed = len(layers) + (sum(layer.addition is not None for layer in layers) if bias is not None else 0)
         added = 2 if bias is None else 3
-        if removed <= added or (len(layers) < self.min_count and bias is None):
+        if removed <= added or len(layers) < (self.min_count if bias is None else self.min_biased):
             surgery.context.near_miss(layers[0].product, f"{len(layers)} layers read its input: too few to merge")
             return
         if surgery.context.allow(layers[0].product):

@@ -23,9 +23,17 @@ def optframe_passes() -> Iterable[PassSpec]:
             "multiply the matrices of linear layers in a row",
         ),
         PassSpec(
+            "compose-slices", "optframe_passes.compose_slices:ComposeSlices", "make one Slice of several in a row"
+        ),
+        PassSpec(
             "distribute-constant-add",
             "optframe_passes.distribute_constant_add:DistributeConstantAdd",
             "add positions behind linear layers, with their biases",
+        ),
+        PassSpec(
+            "drop-broadcast",
+            "optframe_passes.drop_broadcast:DropBroadcast",
+            "remove Expand and Tile where broadcasting does the same",
         ),
         PassSpec(
             "drop-softmax-invariant",
@@ -96,6 +104,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "make one MatMul of those that read the same input",
         ),
         PassSpec(
+            "scatter-to-slices",
+            "optframe_passes.scatter_to_slices:ScatterToSlices",
+            "write a scatter into a slice as Split and Concat, or as an addition",
+        ),
+        PassSpec(
             "select-gemm",
             "optframe_passes.select_gemm:SelectGemm",
             "write products of matrices as Gemm, or as MatMul and Add",
@@ -124,17 +137,32 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "layout",
-            "forward-concat,fold-where,compose-layout,flatten-tokens,compose-layout",
-            "as few Reshape, Transpose, Concat and Where nodes as the model needs",
+            "scatter-to-slices,compose-slices,forward-concat,fold-where,drop-broadcast,"
+            "compose-layout,flatten-tokens,compose-layout,drop-broadcast,eliminate-identity",
+            "as few nodes that only move, repeat or select elements as the model needs",
         ),
         PipelineSpec(
             "linear",
-            "fold-scale,exchange-mean-linear,drop-softmax-invariant,merge-duplicates",
-            "less arithmetic in and around matrix products",
+            "fold-scale,exchange-mean-linear,drop-softmax-invariant,distribute-constant-add,merge-duplicates",
+            "less arithmetic in and around matrix products, and positions in their biases",
         ),
         PipelineSpec(
             "portable",
             "clean,fuse-layernorm,fold-conv-scale,linear,layout,merge-duplicates,eliminate-dead-code",
             "standard ops only: runs wherever the model ran",
+        ),
+        PipelineSpec(
+            "cpu",
+            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,merge-duplicates,eliminate-dead-code",
+            "standard ops in FP32 for a CPU: less arithmetic, though more nodes and larger weights than portable",
+        ),
+        PipelineSpec(
+            "tensorrt",
+            "clean,fuse-layernorm,fold-conv-scale,linear,compose-linear,merge-parallel-matmuls{min_biased=4},layout,"
+            "select-gemm,merge-duplicates,eliminate-dead-code",
+            "few and large products in standard ops, for a builder that fuses what lies between them itself",
+        ),
+        PipelineSpec(
+            "cuda", "tensorrt", "the same: few and large products suit a runtime that launches node by node as well"
         ),
     ]

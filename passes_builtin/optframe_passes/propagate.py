@@ -71,8 +71,9 @@ def op_schema(op_type: str, version: int) -> defs.OpSchema | None:
 class Propagation:
     """What is known of a model's values: types, shapes with named unknowns, contents of small integer tensors.
 
-    Declared shapes are believed for graph inputs and for outputs of foreign ops, not for what can be inferred, since
-    exporters are known to write wrong ones. `content` gives the array behind a constant value, or None.
+    Declared shapes are believed for graph inputs, for outputs of foreign ops and for what a function's outputs leave
+    open, not for what can be inferred, since exporters are known to write wrong ones. `content` gives the array behind
+    a constant value, or None.
     """
 
     def __init__(
@@ -327,6 +328,8 @@ class Propagation:
             )
         except (shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
             return {}
+        for value, proto in zip(node.outputs, outputs, strict=False):
+            _fill_open_dims(proto, value.shape)
         return {f"o{index}": proto for index, proto in enumerate(outputs) if proto.WhichOneof("value")}
 
     def _elements_of_constant(self, value: ir.Value) -> Elements | None:
@@ -388,3 +391,16 @@ def _merged(left: onnx.TypeProto, right: onnx.TypeProto) -> onnx.TypeProto:
         for a, b in zip(*shapes, strict=True):
             merged.tensor_type.shape.dim.add().CopyFrom(a if a == b else onnx.TensorShapeProto.Dimension())
     return merged
+
+
+def _fill_open_dims(proto: onnx.TypeProto, declared: ir.Shape | None) -> None:
+    """Write the declared numbers where inference through a function, which follows no contents, left a dimension open.
+
+    A call is a foreign op to whoever made it: its declared shape is believed as far as nothing better is known.
+    """
+    dims = proto.tensor_type.shape.dim if proto.HasField("tensor_type") else ()
+    if declared is None or len(declared) != len(dims):
+        return
+    for dim, size in zip(dims, declared, strict=True):
+        if isinstance(size, int) and not dim.HasField("dim_value"):
+            dim.dim_value = size

@@ -27,6 +27,7 @@ from optframe_anchordetr.passes.fuse_rcda import FuseRCDA
 from optframe_anchordetr.passes.layouts import aligned, moved, multiplied, regroup, reshape_target
 from optframe_passes.edit import add_initializer
 from optframe_passes.lift_opset import LiftOpset
+from optframe_passes.propagate import Propagation
 
 Array = np.ndarray[Any, Any]
 REGISTERED = {spec.identifier: spec for spec in OPS}
@@ -102,10 +103,10 @@ def exported(
         return buffer.getvalue()
 
 
-def fuse(model: ir.Model, **options: Any) -> tuple[PassResult, list[str]]:
+def fuse(model: ir.Model, rows: bool = False, **options: Any) -> tuple[PassResult, list[str]]:
     LiftOpset().run(model, PassContext())
     context = PassContext(ops=REGISTERED, pass_name="fuse-rcda", **options)
-    return FuseRCDA().run(model, context), [miss.reason for miss in context.near_misses]
+    return FuseRCDA(rows).run(model, context), [miss.reason for miss in context.near_misses]
 
 
 def run(model: ir.Model | onnx.ModelProto, *inputs: Any) -> list[Array]:
@@ -140,6 +141,21 @@ SIZES = [(1, 7, 4, 6), (1, 7, 6, 4), (2, 5, 3, 3), (1, 1, 1, 5)]
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_torchscript_exports(sum_order: str, sizes: tuple[int, int, int, int], opset: int) -> None:
     assert_fused(exported(sum_order, sizes, False, "torchscript", opset, False), example(*sizes, False, seed=1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("sizes", SIZES[1:3], ids=str)
+def test_rows(sizes: tuple[int, int, int, int], dynamic: bool) -> None:
+    """Queries and value come as matrices where the result can get its shape back: not where N and L are free."""
+    model = ir.from_proto(onnx.load_from_string(exported("row-first", sizes, False, "torchscript", 17, dynamic)))
+    inputs = example(*sizes, False, seed=1)
+    (expected,) = run(model, *inputs)
+    assert fuse(model, rows=True)[0] == PassResult(True, 1)
+    np.testing.assert_allclose(run(model, *inputs)[0], expected, rtol=0, atol=TOLERANCE)
+    (call,) = (node for node in model.graph if node.op_type == "RCDA")
+    known = Propagation.of(model)
+    ranks = [len(known.dims(call.inputs[index]) or ()) for index in (0, 1, 2, 3, 4)]
+    assert ranks == ([3, 3, 3, 3, 4] if dynamic else [2, 2, 3, 3, 2])
 
 
 @pytest.mark.parametrize(("sum_order", "sizes"), [("row-first", SIZES[0]), ("column-first", SIZES[2])], ids=str)

@@ -171,6 +171,15 @@ def test_rcda_by_its_definition(
 
 
 @pytest.mark.parametrize("opset", OPSETS)
+def test_rcda_of_rows_with_other_axes(opset: int, rng: np.random.Generator) -> None:
+    arrays = rcda_inputs(rng, 2, 6, 3, 4, 16)
+    shapes = ((12, 16), (12, 16), None, None, (24, 16))
+    rows = [array if shape is None else array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
+    (out,) = run(RCDA, rows, opset, num_heads=2)
+    np.testing.assert_allclose(out.reshape(2, 6, 16), rcda64(arrays, 2), rtol=0, atol=3e-5)  # as above
+
+
+@pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize(("n", "queries"), [(2, 0), (0, 3)])
 def test_rcda_of_no_images_or_queries(opset: int, n: int, queries: int, rng: np.random.Generator) -> None:
     masks = [np.zeros((n, 4), bool), np.zeros((n, 3), bool)]
@@ -185,6 +194,23 @@ def test_a_query_whose_keys_are_all_masked_is_nan_alone(rng: np.random.Generator
     (out,) = run(RCDA, [*arrays, mask], num_heads=2)
     assert np.isfinite(out[0]).all()
     assert np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_may_shift_along_the_axis_that_the_op_declares(masked: bool, rng: np.random.Generator) -> None:
+    arrays: list[Array | None] = list(rcda_inputs(rng, 2, 5, 3, 4, 8))
+    arrays += [rng.random((2, 4)) < 0.3, rng.random((2, 3)) < 0.3] if masked else []
+    (expected,) = run(RCDA, arrays, num_heads=2)
+    shifted = list(arrays)
+    for index, parameter in enumerate(RCDA.inputs):
+        if parameter.shift_invariant_axis is not None:
+            array = arrays[index]
+            assert array is not None
+            step = np.take(array, [0], axis=parameter.shift_invariant_axis) + np.float32(0.5)
+            shifted[index] = array + step
+    assert sum(a is not b for a, b in zip(arrays, shifted, strict=True)) == 2
+    (found,) = run(RCDA, shifted, num_heads=2)
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # roundings of scores that are some units larger
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
@@ -221,12 +247,12 @@ def info(*shape: int, dtype: str = "float32") -> TensorInfo:
         (LAYER_NORM, [None], "takes 1 to 3 inputs"),
         (SKIP_LAYER_NORM, [info(2, 8), info(1, 8)], "skip is float32[1, 8]"),
         (SKIP_LAYER_NORM, [info(2, 8), info(2, 8, dtype="float16")], "skip is float16[2, 8]"),
-        (RCDA, [info(2, 8)] * 5, "q_row has shape [2, 8], but must be (N, L, C)"),
-        (RCDA, [info(1, 2, 8)] * 5, "v has shape [1, 2, 8], but must be (N, h, w, C)"),
+        (RCDA, [info(2, 8)] * 5, "k_row has shape [2, 8], but must be (N, w, C)"),
+        (RCDA, [info(1, 2, 8)] * 5, "v has 2 rows an image, which are not 2 keys of k_row times 2 of k_col"),
         (
             RCDA,
             [info(1, 2, 8), info(1, 2, 8), info(1, 4, 8), info(1, 4, 8), info(1, 3, 4, 8)],
-            "k_col is float32[1, 4, 8]",
+            "v has 12 rows an image, which are not 4 keys of k_row times 4 of k_col",
         ),
     ],
 )

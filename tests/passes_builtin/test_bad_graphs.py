@@ -10,7 +10,9 @@ import pytest
 
 from optframe.passes import GraphPass, PassContext
 from optframe_passes.compose_linear import ComposeLinear
+from optframe_passes.compose_slices import ComposeSlices
 from optframe_passes.distribute_constant_add import DistributeConstantAdd
+from optframe_passes.drop_broadcast import DropBroadcast
 from optframe_passes.drop_softmax_invariant import DropSoftmaxInvariant
 from optframe_passes.eliminate_dead_code import EliminateDeadCode
 from optframe_passes.eliminate_identity import EliminateIdentity
@@ -22,6 +24,7 @@ from optframe_passes.infer_shapes import InferShapes
 from optframe_passes.lift_opset import LiftOpset
 from optframe_passes.merge_duplicates import MergeDuplicates
 from optframe_passes.merge_parallel_matmuls import MergeParallelMatMuls
+from optframe_passes.scatter_to_slices import ScatterToSlices
 from optframe_passes.select_gemm import SelectGemm
 from optframe_passes.sink_split import SinkSplit
 from optframe_passes.winograd_conv import WinogradConv
@@ -37,11 +40,14 @@ PASSES = (
     MergeDuplicates,
     EliminateDeadCode,
     ComposeLinear,
+    ComposeSlices,
     DistributeConstantAdd,
+    DropBroadcast,
     DropSoftmaxInvariant,
     ExchangeMeanLinear,
     FoldScale,
     MergeParallelMatMuls,
+    ScatterToSlices,
     SelectGemm,
     SinkSplit,
     WinogradConv,

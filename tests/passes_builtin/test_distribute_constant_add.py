@@ -51,6 +51,14 @@ MOVES: dict[str, tuple[str, dict[str, int]]] = {
         "a = Add (x, r)  s = Reshape (a, t)  m = MatMul (s, w)  y = Add (m, b)  n = MatMul (a, v)  z = Add (n, d)",
         {"MatMul": 2, "Add": 2, "Reshape": 1},
     ),
+    "through-a-mean": (
+        "a = Add (x, r)  s = ReduceMean (a, two)  m = MatMul (s, w)  y = Add (m, b)  n = MatMul (a, v)  z = Add (n, d)",
+        {"MatMul": 2, "Add": 2, "ReduceMean": 1},
+    ),
+    "through-a-mean-that-it-varies-along": (
+        "a = Add (x, r)  s = ReduceMean (a, one)  m = MatMul (s, w)  y = Add (m, b)",
+        {"MatMul": 1, "Add": 1, "ReduceMean": 1},
+    ),
     "past-a-reshape-with-a-wide-bias": (
         "a = Add (x, r)  s = Reshape (a, t)  m = MatMul (s, w)  y = Add (m, g)",
         {"MatMul": 1, "Add": 1, "Reshape": 1},
@@ -66,11 +74,22 @@ def test_constants_move_behind(form: str, parse: Parse, weigh: Weigh, check: Che
     outputs = ", float[A2,B2,C2,D2] z" if "  z = " in body else ""
     dims = "A,B,C" if "past" in form else "A,B,C,D"
     text = f"g (float[N,3,2,4] x{''.join(f', float {name}' for name in used)}) => (float[{dims}] y{outputs})"
-    model = parse(f"{text} <int64[3] t = {{0, 6, -1}}> {{ {body} }}")
+    model = parse(f"{text} <int64[3] t = {{0, 6, -1}}, int64[1] one = {{1}}, int64[1] two = {{2}}> {{ {body} }}")
     weigh(model, **{name: rng.standard_normal(shapes[name]).astype(np.float32) for name in used})
     outcome = check(DistributeConstantAdd(), model, allowed=FP32)
     assert outcome.ops == ops
     assert outcome.result.modified
+
+
+def test_a_mean_gives_the_bias_its_mean(parse: Parse, weigh: Weigh, check: Check) -> None:
+    text = "g (float[2,3,4] x, float c, float w) => (float[A,B] y) <int64[1] one = {1}>"
+    body = "{ a = Add (x, c)  s = ReduceMean <keepdims = 0> (a, one)  y = MatMul (s, w) }"
+    constant = np.arange(12, dtype=np.float32).reshape(3, 4)
+    model = weigh(parse(f"{text} {body}"), c=constant, w=np.eye(4, dtype=np.float32))
+    outcome = check(DistributeConstantAdd(), model, allowed=FP32)
+    assert outcome.ops == {"ReduceMean": 1, "MatMul": 1, "Add": 1}
+    (bias,) = [value for value in outcome.node("Add").inputs if value.const_value is not None]
+    np.testing.assert_array_equal(bias.const_value.numpy(), constant.mean(0))  # a few numbers that FP32 holds
 
 
 STAYS = {

@@ -103,6 +103,16 @@ def test_constants_are_expanded_where_they_fit(check: Check) -> None:
     assert check(FlattenTokens(max_bytes=100), text).result.modified is False
 
 
+def test_a_constant_of_each_row_is_the_third_operand_of_a_gemm(check: Check) -> None:
+    numbers = ",".join(str(number / 8) for number in range(16))
+    text = graph(layers(4).replace("(m0, b)", "(m0, pos)"), "3,2,8", constants=f"float[2,8] pos = {{{numbers}}}")
+    outcome = check(FlattenTokens(), text, allowed=ROUNDING)
+    assert outcome.ops == {"Reshape": 2, "Gemm": 4, "Relu": 4}
+    assert (6, 8) in [
+        node.inputs[2].const_value.shape.numpy() for node in outcome.model.graph if node.op_type == "Gemm"
+    ]
+
+
 def test_masks_with_one_column_take_part(check: Check) -> None:
     text = graph(layers(4, "%m = ReduceMax <keepdims = 1> (%, last) %p = Mul (%, %m)"), constants="int64[1] last = {2}")
     check(FlattenTokens(), text, allowed=ROUNDING)

@@ -45,6 +45,19 @@ def test_declared_shapes_of_foreign_ops_are_believed(parse: Parse) -> None:
     assert Propagation.of(model).dims(model.graph[1].outputs[0]) == ("K", 7)
 
 
+def test_a_declared_shape_fills_what_a_function_leaves_open(parse: Parse) -> None:
+    model = parse(
+        "g (float[3,4] x) => (float[A,B] y) { f = local.Same (x)  y = Relu (f) }",
+        functions="""<opset_import: ["" : 18], domain: "local"> Same (x) => (y)
+            { s = Shape (x)  y = Reshape (x, s) }""",
+    )
+    call = model.graph[0].outputs[0]
+    assert None not in [Propagation.of(model).dims(call)]
+    assert Propagation.of(model).static(call) is None, "contents are not followed into functions"
+    call.shape = ir.Shape([3, 4])
+    assert Propagation.of(model).dims(model.graph[1].outputs[0]) == (3, 4)
+
+
 def test_functions_are_inferred_through_their_bodies(check: Check) -> None:
     outcome = check(
         InferShapes(),

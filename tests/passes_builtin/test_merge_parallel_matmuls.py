@@ -89,6 +89,15 @@ def test_thin_and_few_layers_stay(parse: Parse, weigh: Weigh, check: Check, rng:
     assert not check(MergeParallelMatMuls(min_depth=4), model).result.modified
 
 
+def test_few_layers_with_biases_stay_where_more_are_asked_for(
+    parse: Parse, weigh: Weigh, check: Check, rng: np.random.Generator
+) -> None:
+    model = model_of("m = MatMul (x, u)  y = Add (m, b)  n = MatMul (x, v)  z = Add (c, n)", parse, weigh, rng)
+    assert check(MergeParallelMatMuls(min_depth=4), model, allowed=FP32).ops == {"MatMul": 1, "Add": 1, "Split": 1}
+    outcome = check(MergeParallelMatMuls(min_depth=4, min_biased=3), model)
+    assert "too few to merge" in outcome.reasons[0]
+
+
 def test_constants_that_would_grow_too_large_stay_behind(
     parse: Parse, weigh: Weigh, check: Check, rng: np.random.Generator
 ) -> None:

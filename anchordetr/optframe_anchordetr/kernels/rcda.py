@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,9 @@ _MOST_GROUPS = 24
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class RCDASizes:
+    """Sizes of one row-column decoupled attention: queries of an image, keys of a column and of a row."""
+
     images: int
     queries: int
     height: int
@@ -45,9 +48,10 @@ def rcda_launch(
 
     Inputs q_row (N, L, C), q_col (N, L, C), both projected and scaled, k_row (N, w, C), k_col (N, h, C),
     v (N, h, w, C), optional row mask (N, w) and column mask (N, h), bool, true where padded (None or left out where
-    absent). Output (N, L, C). Attribute num_heads. One dtype for all but the masks. A_row and A_col are softmaxes over
-    w and h; one whose keys are all masked gives NaN. Heads of 32 channels in float16 or bfloat16 use tensor cores with
-    float32 accumulation, as far as registers and shared memory reach; all else float32 arithmetic.
+    absent). Output like q_row. Queries and value may have other axes in front of C that hold as many rows. Attribute
+    num_heads. One dtype for all but the masks. A_row and A_col are softmaxes over w and h; one whose keys are all
+    masked gives NaN. Heads of 32 channels in float16 or bfloat16 use tensor cores with float32 accumulation, as far as
+    registers and shared memory reach; all else float32 arithmetic.
 
     Raises:
         InputError: shapes, dtypes or num_heads do not fit, or h + w is beyond the kernel.
@@ -72,37 +76,63 @@ def rcda_launch(
     return _general_launch(sizes, common)
 
 
-def _check(inputs: Sequence[TensorInfo | None], output: TensorInfo, attributes: Mapping[str, object]) -> _Sizes:
-    """Return the sizes once all shapes and dtypes are known to fit each other."""
+def rcda_sizes(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> RCDASizes:
+    """Return the sizes once all shapes and dtypes are known to fit each other; `inputs` has all seven entries.
+
+    The keys (N, w, C) and (N, h, C) say what the rows of queries and value are, whatever axes those have.
+
+    Raises:
+        InputError: they do not fit, or num_heads does not divide C.
+    """
     q_row, q_col, k_row, k_col, v = (info for info in inputs[:5] if info is not None)  # `pad` saw that all are there
-    row_mask, column_mask = inputs[5:]
-    require_float(_OP, "v", v)
-    require(len(v.shape) == 4, f"{_OP}: v has shape {list(v.shape)}, but must be (N, h, w, C)")
-    require(len(q_row.shape) == 3, f"{_OP}: q_row has shape {list(q_row.shape)}, but must be (N, L, C)")
-    (images, height, width, channels), queries = v.shape, q_row.shape[1]
-    expected = {
-        "q_row": (q_row, (images, queries, channels)),
-        "q_col": (q_col, (images, queries, channels)),
-        "k_row": (k_row, (images, width, channels)),
-        "k_col": (k_col, (images, height, channels)),
-        "the output": (output, (images, queries, channels)),
-    }
-    for name, (info, shape) in expected.items():
-        require_same(_OP, name, info, TensorInfo(shape, v.dtype))
-    if row_mask is not None:
-        require_same(_OP, "the row mask", row_mask, TensorInfo((images, width), "bool"))
-    if column_mask is not None:
-        require_same(_OP, "the column mask", column_mask, TensorInfo((images, height), "bool"))
+    require(len(k_row.shape) == 3, f"{_OP}: k_row has shape {list(k_row.shape)}, but must be (N, w, C)")
+    require(len(k_col.shape) == 3, f"{_OP}: k_col has shape {list(k_col.shape)}, but must be (N, h, C)")
+    (images, width, channels), height = k_row.shape, k_col.shape[1]
+    require_same(_OP, "k_col", k_col, TensorInfo((images, height, channels), k_row.dtype))
+    queries = _rows("q_row", q_row, k_row, images)
+    require_same(_OP, "q_col", q_col, q_row)
+    positions = _rows("v", v, k_row, images)
+    keys = f"{width} keys of k_row times {height} of k_col"
+    fits = positions == height * width or not images
+    require(fits, f"{_OP}: v has {positions} rows an image, which are not {keys}")
+    for name, mask, length in (("row", inputs[5], width), ("column", inputs[6], height)):
+        if mask is not None:
+            require_same(_OP, f"the {name} mask", mask, TensorInfo((images, length), "bool"))
     heads = attributes.get("num_heads")
-    require(
-        isinstance(heads, int) and heads > 0 and channels > 0 and channels % heads == 0,
-        f"{_OP}: num_heads is {heads!r}, but must divide the {channels} channels",
-    )
+    divides = isinstance(heads, int) and heads > 0 and channels > 0 and channels % heads == 0
+    require(divides, f"{_OP}: num_heads is {heads!r}, but must divide the {channels} channels")
     assert isinstance(heads, int)
-    require(height > 0 and width > 0, f"{_OP}: v has shape {list(v.shape)}, but needs a row and a column")
-    require(images <= 65535 and heads <= 65535, f"{_OP}: a launch takes 65535 images and heads at most")
-    require(queries * channels <= INT32_MAX, f"{_OP}: {queries} queries of {channels} channels are too many")
-    return _Sizes(images, queries, height, width, heads, channels // heads)
+    return RCDASizes(images, queries, height, width, heads, channels // heads)
+
+
+def _rows(name: str, info: TensorInfo, keys: TensorInfo, images: int) -> int:
+    """Return how many rows of C channels `info` has for each image."""
+    fits = len(info.shape) > 1 and info.shape[-1] == keys.shape[-1]
+    expected = f"{keys.dtype} (..., {keys.shape[-1]})"
+    actual = f"{info.dtype}{list(info.shape)}"
+    require(fits and info.dtype == keys.dtype, f"{_OP}: {name} is {actual}, but must be {expected} as the keys are")
+    rows = math.prod(info.shape[:-1])
+    require(rows % max(images, 1) == 0, f"{_OP}: {name} has {rows} rows, which {images} images cannot share")
+    return rows // max(images, 1)
+
+
+def _check(inputs: Sequence[TensorInfo | None], output: TensorInfo, attributes: Mapping[str, object]) -> RCDASizes:
+    """Return the sizes of what the kernel can do."""
+    sizes = rcda_sizes(inputs, attributes)
+    q_row = inputs[0]
+    assert q_row is not None
+    require_float(_OP, "q_row", q_row)
+    require_same(_OP, "the output", output, q_row)
+    require(
+        sizes.height > 0 and sizes.width > 0, f"{_OP}: v needs a row and a column, not {sizes.height} x {sizes.width}"
+    )
+    most = max(sizes.images, sizes.heads)
+    require(most <= 65535, f"{_OP}: a launch takes 65535 images and heads at most")
+    channels = sizes.heads * sizes.head_size
+    require(
+        sizes.queries * channels <= INT32_MAX, f"{_OP}: {sizes.queries} queries of {channels} channels are too many"
+    )
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -135,7 +165,7 @@ class _Plan:
         return tuple((name, str(value)) for name, value in values.items())
 
 
-def _plan(sizes: _Sizes) -> _Plan | None:
+def _plan(sizes: RCDASizes) -> _Plan | None:
     """Return the first plan that registers and shared memory hold, of those measured best on an H200; None if none."""
     large_blocks = cdiv(sizes.queries, 128) * sizes.heads * sizes.images
     for tiles in (2, 1) if large_blocks >= _ENOUGH_BLOCKS else (1,):
@@ -146,7 +176,7 @@ def _plan(sizes: _Sizes) -> _Plan | None:
     return None
 
 
-def _general_launch(sizes: _Sizes, common: tuple[tuple[str, str], ...]) -> KernelLaunch:
+def _general_launch(sizes: RCDASizes, common: tuple[tuple[str, str], ...]) -> KernelLaunch:
     queries = 8  # a warp, as the kernel has it
     warp_bytes = (sizes.height + sizes.width) * queries * 4
     require(warp_bytes <= SHARED_BYTES, f"{_OP}: h + w is {sizes.height + sizes.width}, but 1536 is the most")
@@ -156,7 +186,7 @@ def _general_launch(sizes: _Sizes, common: tuple[tuple[str, str], ...]) -> Kerne
 
 
 def _launch(
-    sizes: _Sizes, defines: tuple[tuple[str, str], ...], warps: int, queries: int, shared_bytes: int
+    sizes: RCDASizes, defines: tuple[tuple[str, str], ...], warps: int, queries: int, shared_bytes: int
 ) -> KernelLaunch:
     """Return the launch for blocks of `warps` that take `queries` each."""
     grid = (cdiv(sizes.queries, queries), sizes.heads, sizes.images)

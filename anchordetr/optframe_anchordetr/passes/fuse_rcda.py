@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -54,6 +55,9 @@ FOLDED: Mapping[str, Group] = {
 
 OUTPUT: Layout = (("n",), ("l",), ("heads", "d"))
 
+ROWS = frozenset({"q_row", "q_col", "v"})
+"""Inputs that the op takes as a matrix of rows as well; its output is like q_row."""
+
 
 @dataclass(frozen=True)
 class FuseRCDA(GraphPass):
@@ -64,6 +68,9 @@ class FuseRCDA(GraphPass):
     along. Reshapes and transposes may stand anywhere; what they do is followed axis by axis. The op comes with its
     meaning as a model-local function.
 
+    With `rows` queries and value come as matrices (N L, C) and (N h w, C), and so does the result, as far as sizes are
+    fixed. The Reshapes for that vanish where `flatten-tokens` follows and lets the layers around work on matrices.
+
     Example:
         before: `MatMul(Softmax(q_col k_col^T), MatMul(Softmax(q_row k_row^T), v))` with reshapes and transposes
         after:  `optframe.anchordetr.RCDA(q_row, q_col, k_row, k_col, v, num_heads=8)`
@@ -72,6 +79,7 @@ class FuseRCDA(GraphPass):
     name: ClassVar[str] = "fuse-rcda"
     after: ClassVar[tuple[str, ...]] = ("lift-opset", "fold-constants", "fuse-layernorm")
     domains: ClassVar[tuple[str, ...]] = (DOMAIN,)
+    rows: bool = False
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Fuse in place."""
@@ -80,7 +88,7 @@ class FuseRCDA(GraphPass):
         if not cores:
             return PassResult(False)
         samples, names = sampled_shapes(model), FreshNames(model)
-        rewrites = sum(_fuse(model, core, samples, names, context) for core in reversed(cores))
+        rewrites = sum(_fuse(model, core, samples, names, context, self.rows) for core in reversed(cores))
         return PassResult(rewrites > 0, rewrites)
 
 
@@ -365,17 +373,18 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The rewrite: what the op takes, and the value that its result becomes, through a Reshape if it has a target."""
+    """The rewrite: what the op takes and makes, and the value that its result becomes, reshaped if it has a target."""
 
     inputs: Mapping[str, _Source]
     output: ir.Value
+    output_shape: ir.Shape
     output_target: Sequence[int] | None
     heads: int
     nodes: tuple[ir.Node, ...]
 
 
-def _plan(core: _Core, samples: Sequence[Propagation], version: int) -> _Plan:
-    """Return the rewrite that holds at every sample."""
+def _plan(core: _Core, samples: Sequence[Propagation], version: int, rows: bool) -> _Plan:
+    """Return the rewrite that holds at every sample, on matrices if `rows` and sizes allow it."""
     if version < MINIMUM_OPSET:
         raise _Mismatch(f"the plugin op needs opset {MINIMUM_OPSET}: run lift-opset first")
     matches = [_match(core, known, version) for known in samples]
@@ -383,15 +392,26 @@ def _plan(core: _Core, samples: Sequence[Propagation], version: int) -> _Plan:
     heads = match.sizes["heads"]
     if any((m.inputs, m.output, m.sizes["heads"]) != (match.inputs, match.output, heads) for m in matches):
         raise _Mismatch("it is another computation at another size")
-    inputs = {name: _source_of(name, operand, sizes, samples) for name, operand in match.inputs.items()}
-    results = [shape_of(OUTPUT, each) for each in sizes]
-    output_target = _target(results, [known.dims(match.output) for known in samples])
+    outputs = [known.dims(match.output) for known in samples]
+    rows = rows and _reshape([_shape(OUTPUT, each, True) for each in sizes], outputs) is not None
+    inputs = {name: _source_of(name, operand, sizes, samples, rows) for name, operand in match.inputs.items()}
+    results = [_shape(OUTPUT, each, rows) for each in sizes]
+    output_target = _target(results, outputs)
     nodes = _nodes([source.value for source in inputs.values()], match.output)
-    return _Plan(inputs, match.output, output_target, heads, nodes)
+    shape = ir.Shape([dims[0] if len({*dims}) == 1 else None for dims in zip(*results, strict=True)])
+    return _Plan(inputs, match.output, shape, output_target, heads, nodes)
 
 
-def _source_of(name: str, operand: _Operand, sizes: Sequence[Sizes], samples: Sequence[Propagation]) -> _Source:
-    shapes = [shape_of(CANONICAL[name], each) for each in sizes]
+def _shape(layout: Layout, sizes: Sizes, rows: bool) -> tuple[int, ...]:
+    """Return the shape of an input or output of the op: a matrix of `rows`, or with all its axes."""
+    *lead, channels = shape_of(layout, sizes)
+    return (math.prod(lead), channels) if rows else (*lead, channels)
+
+
+def _source_of(
+    name: str, operand: _Operand, sizes: Sequence[Sizes], samples: Sequence[Propagation], rows: bool
+) -> _Source:
+    shapes = [_shape(CANONICAL[name], each, rows and name in ROWS) for each in sizes]
     array = _constant(operand.value) if operand.order is not None else None
     if operand.order is None or array is None:
         return _Source(operand.value, _target([known.dims(operand.value) for known in samples], shapes))
@@ -402,21 +422,29 @@ def _source_of(name: str, operand: _Operand, sizes: Sequence[Sizes], samples: Se
 
 def _target(befores: Sequence[Sequence[Dim] | None], afters: Sequence[Sequence[Dim] | None]) -> Sequence[int] | None:
     """Return the target of the Reshape from the first to the second shape, None if they are the same."""
-    pairs = [(before or (), after or ()) for before, after in zip(befores, afters, strict=True)]
-    if all(tuple(before) == tuple(after) for before, after in pairs):
+    if all(tuple(before or ()) == tuple(after or ()) for before, after in zip(befores, afters, strict=True)):
         return None
-    target = reshape_target(pairs)
+    target = _reshape(befores, afters)
     if target is None:
         raise _Mismatch("its inputs or its result need a reshape whose sizes are not fixed")
     return target
 
 
+def _reshape(befores: Sequence[Sequence[Dim] | None], afters: Sequence[Sequence[Dim] | None]) -> list[int] | None:
+    return reshape_target([(before or (), after or ()) for before, after in zip(befores, afters, strict=True)])
+
+
 def _fuse(
-    model: ir.Model, core: _Core, samples: Sequence[Propagation], names: FreshNames, context: PassContext
+    model: ir.Model,
+    core: _Core,
+    samples: Sequence[Propagation],
+    names: FreshNames,
+    context: PassContext,
+    rows: bool,
 ) -> bool:
     spec = context.op(RCDA.identifier)
     try:
-        plan = _plan(core, samples, opset(model))
+        plan = _plan(core, samples, opset(model), rows)
     except _Mismatch as mismatch:
         context.near_miss(core.outer, str(mismatch))
         return False
@@ -453,5 +481,5 @@ def _rewrite(model: ir.Model, spec: OpSpec, plan: _Plan, names: FreshNames, cont
         else:
             inputs.append(reshaped(source.value, source.target))
     nodes.append(ops.call(model, spec, inputs, {"num_heads": plan.heads}))
-    nodes[-1].outputs[0].type = plan.inputs["q_row"].value.type
+    nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = plan.inputs["q_row"].value.type, plan.output_shape
     context.replace(plan.nodes, nodes, [plan.output], [reshaped(nodes[-1].outputs[0], plan.output_target)])

@@ -146,7 +146,9 @@ class TestLaunchRule:
             (2, TensorInfo((1, 6, 64), "float16"), "k_row"),
             (3, TensorInfo((1, 7, 64), "float16"), "k_col"),
             (3, TensorInfo((1, 6, 64), "float32"), "k_col is float32"),
-            (4, TensorInfo((1, 6, 7), "float16"), "v has shape"),
+            (4, TensorInfo((1, 6, 7), "float16"), "v is float16"),
+            (4, TensorInfo((1, 6, 6, 64), "float16"), "v has 36 rows"),
+            (2, TensorInfo((7, 64), "float16"), "k_row has shape"),
             (4, TensorInfo((1, 6, 7, 64), "int32"), "v is int32"),
             (5, TensorInfo((1, 6), "bool"), "row mask"),
             (5, TensorInfo((1, 7), "int32"), "row mask"),
@@ -159,6 +161,20 @@ class TestLaunchRule:
         inputs[position] = wrong
         with pytest.raises(InputError, match=message):
             RCDA.launch_rule()(inputs, [TensorInfo(size.out, "float16")], {"num_heads": 2})
+
+    def test_rows_may_have_any_axes(self) -> None:
+        size = Size(2, 12, 5, 7, heads=8)
+        given = infos(size, "float16")
+        for index, shape in ((0, (24, 256)), (1, (24, 256)), (4, (70, 256))):
+            given[index] = TensorInfo(shape, "float16")
+        chosen = RCDA.launch_rule()(given, [given[0]], {"num_heads": 8})
+        assert chosen == launch(size, "float16")
+
+    def test_images_share_the_rows(self) -> None:
+        given = infos(Size(2, 12, 5, 7), "float16")
+        given[0] = given[1] = TensorInfo((25, 64), "float16")
+        with pytest.raises(InputError, match="25 rows, which 2 images cannot share"):
+            RCDA.launch_rule()(given, [given[0]], {"num_heads": 2})
 
     @pytest.mark.parametrize("heads", [None, 0, 3, "2"])
     def test_bad_heads(self, heads: object) -> None:
