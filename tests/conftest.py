@@ -49,7 +49,8 @@ def _lacks_gpu() -> str | None:
 
 
 def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # type stubs alone have no origin
 
 
 @pytest.fixture

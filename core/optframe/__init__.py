@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optframe.api import build, compare, convert_precision, load, optimize, profile, run
+    from optframe.api import build, calibrate, compare, convert_precision, load, load_engine, optimize, profile, run
+
+# onnxruntime's wheels report usage over the network from the moment they are imported, unless this is set.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "compare", "convert_precision", "load", "optimize", "profile", "run"]
+__all__ = [
+    "__version__",
+    "build",
+    "calibrate",
+    "compare",
+    "convert_precision",
+    "load",
+    "load_engine",
+    "optimize",
+    "profile",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,7 @@ class Limits:
 # of some hundred layers on outputs near 1, some 1e-5. FP16: 11 bits of mantissa. INT8: 8 bits, per-tensor activations.
 DEFAULT_LIMITS: Mapping[Precision, Limits] = {
     "fp32": Limits(max_abs=2e-4),
-    "fp16": Limits(err_over_response=0.04),
+    "fp16": Limits(err_over_response=0.03),
     "int8": Limits(err_over_response=0.35),
 }
 

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
-from optframe import accuracy, files, gate, graph, latency, precision
+from optframe import accuracy, engines, files, gate, graph, latency, precision
 from optframe import feeds as feeds_module
 from optframe.accuracy import OutputError
-from optframe.backend import BuildOptions, Engine
+from optframe.backend import BuildOptions, Engine, Runner
+from optframe.details import DetailedRunner, EngineDetails
+from optframe.engines import ONNX_SUFFIX
 from optframe.errors import InputError, unknown_name
 from optframe.gate import OptimizeResult, Verify
 from optframe.latency import Latency
 from optframe.onnx_model import OnnxFileModel, OnnxFileOptions
 from optframe.pipeline import Pipeline
+from optframe.precision import Ranges, Sensitivity
 from optframe.registry import Registry, default_registry
 from optframe.report import RunReport, write_html, write_json
 from optframe.stage_runner import CORE, StageRunner, Worker
 from optframe.stages import DUMP_FOLDER, Run, RunRequest, Source
 from optframe.store import Store
-from optframe.types import Feeds, Precision
+from optframe.types import Feeds, Outputs, Precision
 
 ModelLike = ir.Model | str | os.PathLike[str]
 FeedsLike = Sequence[Feeds] | str | os.PathLike[str] | None
-ONNX_SUFFIX = ".onnx"
 
 
 def load(model: ModelLike) -> ir.Model:
@@ -85,6 +87,7 @@ def optimize(
         stop_after=stop_after,
         reproducer_folder=reproducers,
         on_pass=registry.host.pass_finished,
+        on_start=registry.host.pass_started,
     )
 
 
@@ -95,14 +98,18 @@ def convert_precision(
     calibration: FeedsLike = None,
     calibrator: str = "entropy",
     keep: Collection[str] = (),
+    ranges: str | os.PathLike[str] | Ranges | None = None,
+    int8_base: Literal["fp32", "fp16"] = "fp32",
     registry: Registry | None = None,
 ) -> ir.Model:
     """Return `model` in another precision: "fp16" by casts, "int8" by explicit Q/DQ calibrated on `calibration`.
 
-    `keep` are name patterns of nodes that stay out of INT8.
+    `keep` are name patterns of nodes that stay out of INT8, and `int8_base` is the precision of all that does.
+    `ranges`, or the file of them, take the place of
+    `calibration` and `calibrator`.
 
     Raises:
-        InputError: int8 without calibration data, or an unknown precision or calibrator.
+        InputError: int8 without calibration data, an unknown precision or calibrator, or ranges of another model.
     """
     loaded = load(model)
     registry = registry or default_registry()
@@ -112,11 +119,14 @@ def convert_precision(
         return precision.to_fp16(loaded, ops=registry.ops())
     if to != "int8":
         raise unknown_name("precision", to, ("fp32", "fp16", "int8"))
-    if calibration is None:
-        raise InputError("int8 needs data to calibrate on: pass calibration=..., a list of inputs or an .npz file")
-    chosen = registry.load_calibrator(calibrator)()
-    ranges = precision.calibrate(loaded, read_inputs(calibration, loaded), chosen)
-    return precision.quantize(loaded, ranges, keep=tuple(keep), ops=registry.ops())
+    if ranges is None:
+        if calibration is None:
+            raise InputError("int8 needs data to calibrate on: pass calibration=..., a list of inputs or an .npz file")
+        chosen = registry.load_calibrator(calibrator)()
+        ranges = precision.calibrate(loaded, read_inputs(calibration, loaded), chosen)
+    elif not isinstance(ranges, Ranges):
+        ranges = precision.load_ranges(Path(ranges))
+    return precision.quantize(loaded, ranges, keep=tuple(keep), base=int8_base, ops=registry.ops())
 
 
 def build(
@@ -137,7 +147,26 @@ def build(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(model) if not isinstance(model, ir.Model) else graph.save(model, Path(scratch) / "model.onnx")
         files.make_folder(target)
-        return (registry or default_registry()).load_backend(backend).build(path, target, options or BuildOptions())
+        registry = registry or default_registry()
+        chosen = options or BuildOptions()
+        chosen = chosen if chosen.ops else replace(chosen, ops=registry.ops())
+        return registry.load_backend(backend).build(path, target, chosen)
+
+
+def load_engine(
+    path: str | os.PathLike[str], *, backend: str | None = None, device: str = "auto", registry: Registry | None = None
+) -> Runner:
+    """Return a runner for the engine at `path`, after all that it needs has been checked; a context manager.
+
+    What the engine is stands in `<path>.json` beside it, as `build` wrote it. An ONNX file is an engine of the backend
+    onnxruntime, unless `backend` says otherwise.
+
+    Raises:
+        InputError: a file is missing or damaged, or the engine is of another backend or version than is installed.
+        EnvironmentLacks: a library, a driver or a GPU that it is for is missing.
+    """
+    engine = engines.find(Path(path), backend, device)
+    return (registry or default_registry()).load_backend(engine.backend).open(engine)
 
 
 def compare(
@@ -156,21 +185,42 @@ def compare(
         InputError: a file is no model, or the inputs do not fit.
         CheckFailed: the models' outputs differ in name, shape or dtype.
     """
-    expected_model = load(reference)
-    samples = read_inputs(inputs, expected_model) if inputs is not None else _two_random(expected_model)
-    runs = [run_model(model, samples, backend=backend, registry=registry) for model in (actual, reference)]
-    pairs = list(zip(*runs, strict=True))
-    others = [pairs[i - 1][1] if len(pairs) > 1 else None for i in range(len(pairs))]
+    samples = comparison_inputs(inputs, load(reference))
+    return errors_of(*(run_model(model, samples, backend=backend, registry=registry) for model in (actual, reference)))
+
+
+def comparison_inputs(inputs: FeedsLike, model: ir.Model) -> Sequence[Feeds]:
+    """Return `inputs` as samples, or two random ones drawn from the types that `model` declares.
+
+    Raises:
+        InputError: the file does not fit the model, or nothing can be drawn for it.
+    """
+    if inputs is not None:
+        return read_inputs(inputs, model)
+    return [feeds_module.random_feeds(model, seed) for seed in range(2)]
+
+
+def sample_shapes(inputs: FeedsLike, model: ir.Model) -> dict[str, list[int]]:
+    """Return the shapes of the first of `inputs`, or of a random one; none where `model` leaves them open."""
+    try:
+        return feeds_module.input_shapes(comparison_inputs(inputs, model)[0])
+    except InputError:
+        return {}
+
+
+def errors_of(actual: Sequence[Outputs], expected: Sequence[Outputs]) -> dict[str, OutputError]:
+    """Return the error of each output, the worst over all samples; the response is that to the sample before.
+
+    Raises:
+        CheckFailed: the outputs differ in name, shape or dtype.
+    """
+    others = [expected[i - 1] if len(expected) > 1 else None for i in range(len(expected))]
     return accuracy.aggregate(
         [
             accuracy.compare_outputs(a, b, other if _same_shapes(b, other) else None)
-            for (a, b), other in zip(pairs, others, strict=True)
+            for a, b, other in zip(actual, expected, others, strict=True)
         ]
     )
-
-
-def _two_random(model: ir.Model) -> list[Feeds]:
-    return [feeds_module.random_feeds(model, seed) for seed in range(2)]
 
 
 def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any] | None) -> bool:
@@ -201,12 +251,41 @@ def profile(
         InputError: the model or the inputs are wrong.
         EnvironmentLacks: a library or device is missing.
     """
-    sample = read_inputs(inputs, load(model))[0]
+    return profile_in_detail(model, inputs=inputs, backend=backend, options=options, registry=registry)[0]
+
+
+def profile_in_detail(
+    model: ModelLike,
+    *,
+    inputs: FeedsLike = None,
+    backend: str = "onnxruntime",
+    options: BuildOptions | None = None,
+    registry: Registry | None = None,
+) -> tuple[Latency, EngineDetails | None]:
+    """Return the latency of `model`, and what its engine's own tools tell, where the backend has such.
+
+    A path that is no `.onnx` file is an engine that `build` made, which has its own backend and options.
+
+    Raises:
+        InputError: the model or the inputs are wrong.
+        EnvironmentLacks: a library or device is missing.
+    """
     registry = registry or default_registry()
+    if not isinstance(model, ir.Model) and Path(model).suffix != ONNX_SUFFIX:
+        engine = engines.find(Path(model))
+        sample = read_inputs(inputs, engines.signature(engine.path))[0]
+        return _profile_engine(engine, sample, registry)
+    sample = read_inputs(inputs, load(model))[0]
     with tempfile.TemporaryDirectory() as scratch:
-        engine = build(model, scratch, backend=backend, options=options, registry=registry)
-        with registry.load_backend(backend).open(engine) as runner:
-            return latency.measure(runner, sample, device=engine.device)
+        return _profile_engine(
+            build(model, scratch, backend=backend, options=options, registry=registry), sample, registry
+        )
+
+
+def _profile_engine(engine: Engine, sample: Feeds, registry: Registry) -> tuple[Latency, EngineDetails | None]:
+    with registry.load_backend(engine.backend).open(engine) as runner:
+        measured = latency.measure(runner, sample, device=engine.device)
+        return measured, runner.details(sample) if isinstance(runner, DetailedRunner) else None
 
 
 def run(
@@ -219,12 +298,13 @@ def run(
     store: Store | None = None,
     registry: Registry | None = None,
     command: str = "",
+    on_work: Callable[[str, int], None] | None = None,
 ) -> RunReport:
     """Take `model`, a registered name or the path of an ONNX file, through all stages and return the report.
 
     `options` are the model's own (fields of its adapter's `Options`). With `out`, report.json, report.html, the
     optimised model and the engines are written there; with `dump`, the model after each pass. `store` caches the
-    stages; None runs everything anew.
+    stages; None runs everything anew. `on_work` is told how many "samples" and "variants" INT8 has been measured on.
 
     Raises:
         InputError: the model, an option or the request is wrong, or `out` cannot be written.
@@ -236,13 +316,39 @@ def run(
     target = files.make_folder(Path(out)) if out is not None else None
     with store.work_folder() if store else tempfile.TemporaryDirectory() as work:
         runner = StageRunner(Path(work), store, registry.host)
-        execution = Run(source, request or RunRequest(), registry, runner)
+        execution = Run(source, request or RunRequest(), registry, runner, on_work)
         result = execution.execute(command)
         if dump is not None and DUMP_FOLDER in execution.artefacts:
             files.copy(execution.artefacts.pop(DUMP_FOLDER), dump)
         if target is not None:
             _publish(result, execution.artefacts, target)
     return result
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    request: RunRequest | None = None,
+    on_work: Callable[[str, int], None] | None = None,
+    store: Store | None = None,
+    registry: Registry | None = None,
+) -> tuple[Ranges, Sensitivity | None]:
+    """Measure the INT8 ranges of `model`, as `run` quantises it: exported and optimised by the request's pipeline.
+
+    Of `request`, `sensitivity` says whether the layers are ranked as well. Arguments are those of `run`; `on_work` is
+    told how many "samples" and "variants" have been run. The ranges, saved to a file, are `RunRequest.ranges`.
+
+    Raises:
+        InputError: the model, an option or the request is wrong, or there is no usable data to calibrate on.
+        EnvironmentLacks: a library or disk space is missing.
+    """
+    registry = registry or default_registry()
+    source = find_source(model, options or {}, registry)
+    with store.work_folder() if store else tempfile.TemporaryDirectory() as work:
+        runner = StageRunner(Path(work), store, registry.host)
+        asked = replace(request or RunRequest(), precisions=("int8",))
+        return Run(source, asked, registry, runner, on_work).calibrate()
 
 
 def is_file(model: str | os.PathLike[str]) -> bool:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from optframe.errors import InputError, OptframeError
+from optframe.checks import Check
+from optframe.errors import CheckFailed, InputError, OptframeError, describe
+from optframe.graph import op_histogram
 from optframe.passes import GraphPass, NearMiss
 from optframe.pipeline import Pipeline
 from optframe.types import OpSpec
 from optframe.workpiece import Ran, Workpiece
-
-Check = Callable[[ir.Model], bool]
-"""Says whether a model is right; it gets a copy that it may change."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,46 @@ class BisectResult:
     rewrite: str | None = None
     number: int | None = None
 
+    def __str__(self) -> str:
+        """Return the finding as one line."""
+        where = f"pass {self.index + 1}, '{self.pass_name}'"
+        if self.rewrite is None:
+            return f"{where}, makes the check fail, whichever of its rewrites it makes"
+        return f"{where}, makes the check fail with its rewrite {self.number}: {self.rewrite}"
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a pass would do to a model: its rewrites in order, and where it would nearly have done something."""
+    """What a pass would do to a model: its rewrites in order, and where it would nearly have done something.
+
+    Nodes are counted as `graph.op_histogram` counts them; `op_changes` has op type -> change, zeros left out.
+    """
 
     rewrites: tuple[str, ...]
     near_misses: tuple[NearMiss, ...]
     modified: bool
+    nodes_before: int = 0
+    nodes_after: int = 0
+    op_changes: Mapping[str, int] = field(default_factory=dict)
 
 
 def explain(model: ir.Model, step: GraphPass, ops: Mapping[str, OpSpec] | None = None) -> Explanation:
-    """Return what `step` would do to `model`, which stays as it is."""
-    ran = Workpiece(model.clone()).run(step, ops or {})
-    return Explanation(ran.allowed, ran.near_misses, ran.result.modified)
+    """Return what `step` would do to `model`, which stays as it is.
+
+    Raises:
+        CheckFailed: the pass raised.
+    """
+    kernels = [name for name, spec in (ops or {}).items() if spec.kernel is not None]
+    workpiece, before = Workpiece(model.clone()), op_histogram(model, kernels)
+    try:
+        ran = workpiece.run(step, ops or {})
+    except OptframeError:
+        raise
+    except Exception as error:  # a pass is foreign code
+        raise CheckFailed(f"pass '{step.name}' raised {describe(error)}") from error
+    after = workpiece.op_histogram(kernels)
+    changes = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
+    return Explanation(ran.allowed, ran.near_misses, ran.result.modified, before.total(), after.total(), changes)
 
 
 def bisect(

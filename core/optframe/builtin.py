@@ -16,5 +16,11 @@ def optframe_backends() -> Iterable[BackendSpec]:
             "onnxruntime",
             "optframe.backends.onnxruntime:OnnxRuntimeBackend",
             "ONNX Runtime on the CPU, and on CUDA where its provider is installed",
-        )
+        ),
+        BackendSpec(
+            "torch",
+            "optframe.backends.torch.backend:TorchBackend",
+            "the graph as torch calls on the CPU, and as one CUDA graph with plugin kernels on a GPU",
+            pipeline="cuda",
+        ),
     ]

@@ -145,7 +145,8 @@ def _usage_error(error: Exception, message: str) -> str:
     """Return the message in one line, and a second that points to the help of the command in question."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "optframe"
-    return f"{' '.join(message.split())}\nsee {command} --help"
+    text = " ".join(message.split()) or "a command is missing"  # typer has printed the help of the group then
+    return f"{text}\nsee {command} --help"
 
 
 def _session(context: Any) -> Session:

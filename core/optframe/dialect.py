@@ -243,9 +243,12 @@ def _hoist(graph: ir.Graph, outer: Mapping[str, ir.Value], originals: Collection
         if name in outer:
             value.replace_all_uses_with(outer[name])
             del graph.initializers[name]
-        elif name in originals:
+        elif name in originals:  # of the top graph, used in subgraphs alone: the first brings it back for all
             del graph.initializers[name]
-            top.register_initializer(value)
+            if name in top.initializers:
+                value.replace_all_uses_with(top.initializers[name])
+            else:
+                top.register_initializer(value)
     seen = {**outer, **top.initializers, **graph.initializers}
     for node in graph:
         for attribute in node.attributes.values():

@@ -38,7 +38,7 @@ class PluginError(InputError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """Return the error for a `name` of `kind` ("pass", "model", ...) that nobody registered, with a suggestion."""
-    names = sorted(known)
+    names = sorted(set(known))
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
     return InputError(f"unknown {kind} '{name}': {hint}")

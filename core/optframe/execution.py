@@ -34,6 +34,7 @@ class Plan:
     reproducer_folder: Path | None = None
     limit: int | None = None
     on_pass: Observer | None = None
+    on_start: Callable[[str], None] | None = None
     worker_command: Sequence[str] | None = None
 
     @property
@@ -118,6 +119,8 @@ class Ledger:
 
 def execute(plan: Plan, workpiece: Workpiece, index: int, before: Counter[str], made: int) -> Execution:
     """Run step `index` of `plan`, whatever it raises; `before` are the op counts, and `made` the rewrites, so far."""
+    if plan.on_start:
+        plan.on_start(plan.steps[index].name)
     allowance = None if plan.limit is None else plan.limit - made
     ran = workpiece.run(plan.steps[index], plan.ops, allowance)
     return Execution(index, plan.steps[index], ran, before, workpiece.op_histogram(plan.kernel_ops))

@@ -41,6 +41,18 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def write_bytes(path: Path, data: bytes | memoryview) -> Path:
+    """Write `data` to `path`, folders included, under a temporary name that is renamed at the end.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+        EnvironmentLacks: the disk is full.
+    """
+    with writing(path), _replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return path
+
+
 def make_folder(path: Path) -> Path:
     """Make the folder `path`, and prove that a file can be written into it, before hours of work go there.
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
-from optframe import feeds as feeds_module
 from optframe import graph
+from optframe.checks import open_verifier
 from optframe.errors import CheckFailed, InputError, OptframeError, describe, unknown_name
-from optframe.exchange import Exchange
 from optframe.execution import Ledger, Plan, execute
 from optframe.numerics import EQUAL, Verdict
 from optframe.passes import GraphPass
@@ -26,7 +22,6 @@ from optframe.stepwise import Gate
 from optframe.structure import wiring_problem
 from optframe.types import Feeds, OpSpec
 from optframe.verify import Verifier
-from optframe.worker import Worker
 from optframe.workpiece import Workpiece
 
 __all__ = ["OptimizeResult", "PassRecord", "Verified", "Verify", "optimize"]
@@ -47,6 +42,7 @@ def optimize(
     reproducer_folder: Path | None = None,
     limit: int | None = None,
     on_pass: Callable[[PassRecord], None] | None = None,
+    on_start: Callable[[str], None] | None = None,
     worker_command: Sequence[str] | None = None,
 ) -> OptimizeResult:
     """Run `pipeline` on `model`, which it may change, and return the result.
@@ -57,7 +53,7 @@ def optimize(
     types that the model declares). `dump` takes the model after each pass that changed it, as `NN-pass.onnx`;
     `reproducer_folder` takes a folder for each pass that was rolled back. The pipeline ends after the first pass called
     `stop_after`, and passes make at most `limit` rewrites in all. `on_pass` is called with each record once it is
-    final. `worker_command` replaces the worker process, for tests.
+    final, `on_start` with the name of each that begins. `worker_command` replaces the worker process, for tests.
 
     Raises:
         InputError: the model is wired wrongly, a pass cannot be used on it, or no pass is called `stop_after`.
@@ -67,7 +63,7 @@ def optimize(
     if problem:
         raise InputError(f"the model is invalid: {problem}")
     plan = Plan(
-        steps=_until(pipeline.steps, stop_after),
+        steps=until(pipeline.steps, stop_after),
         ops=ops or {},
         inputs=inputs,
         random_inputs=random_inputs,
@@ -75,19 +71,25 @@ def optimize(
         reproducer_folder=reproducer_folder,
         limit=limit,
         on_pass=on_pass,
+        on_start=on_start,
         worker_command=worker_command,
     )
     if verify == "off":
         ledger = Ledger(plan)
         return ledger.result(_run_all(plan, model, ledger), None)
     original = Snapshot.take(model)
-    with _verifier(plan, original) as verifier:
+    with open_verifier(original, inputs=inputs, random_inputs=random_inputs, worker_command=worker_command) as verifier:
         if verify == "each":
             return _verify_each(plan, original, verifier)
         return _verify_end(plan, model, original, verifier)
 
 
-def _until(steps: Sequence[GraphPass], stop_after: str | None) -> Sequence[GraphPass]:
+def until(steps: Sequence[GraphPass], stop_after: str | None) -> Sequence[GraphPass]:
+    """Return `steps` up to the first pass called `stop_after`, all of them where that is None.
+
+    Raises:
+        InputError: no pass is called so.
+    """
     names = [step.name for step in steps]
     if stop_after is None:
         return steps
@@ -112,17 +114,6 @@ def _run_all(plan: Plan, model: ir.Model, ledger: Ledger) -> ir.Model:
         ledger.enter(execution.record("skipped"), lambda: workpiece.model.clone())
         ledger.publish()
     return workpiece.model
-
-
-@contextmanager
-def _verifier(plan: Plan, original: Snapshot) -> Iterator[Verifier]:
-    """Yield a verifier with a worker of its own, and a folder for what they exchange."""
-    draw = plan.random_inputs or partial(feeds_module.random_feeds, original.model)
-    with (
-        tempfile.TemporaryDirectory(prefix="optframe-") as folder,
-        Worker(Path(folder), command=plan.worker_command) as worker,
-    ):
-        yield Verifier(Exchange(worker), original, plan.inputs, draw)
 
 
 def _verify_each(plan: Plan, original: Snapshot, verifier: Verifier) -> OptimizeResult:

@@ -28,7 +28,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Return the model at `path`; external weights stay on disk until touched.
 
     Raises:
-        InputError: there is no such file, it is no ONNX model, or its weight file is missing or cut off.
+        InputError: there is no such file, it is no ONNX model, or its weights are missing or cut off.
     """
     source = Path(path)
     if not source.is_file():
@@ -36,13 +36,25 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(source)
     except Exception as error:  # protobuf and onnx_ir raise many types for a damaged file
-        raise InputError(f"{source} is no ONNX model ({type(error).__name__}: {_first_line(error)})") from error
+        raise InputError(f"{source} is no ONNX model ({_root_cause(error)})") from error
     if not model.graph.outputs:
         raise InputError(f"{source} is no usable ONNX model: its graph has no outputs")
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_external(source, value.const_value)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _check_external(source, value.const_value)
+            elif isinstance(value.const_value, ir.TensorProtoTensor):
+                _check_internal(source, value.const_value)
     return model
+
+
+def _check_internal(source: Path, tensor: ir.TensorProtoTensor) -> None:
+    proto = tensor.raw
+    if proto.HasField("raw_data") and len(proto.raw_data) != tensor.nbytes:
+        raise InputError(
+            f"{source} is no usable ONNX model: weight '{tensor.name}' has {len(proto.raw_data)} bytes, "
+            f"its type and shape take {tensor.nbytes}"
+        )
 
 
 def _check_external(source: Path, tensor: ir.ExternalTensor) -> None:
@@ -58,8 +70,11 @@ def _check_external(source: Path, tensor: ir.ExternalTensor) -> None:
         raise InputError(f"{source}: its weight file {tensor.location} is cut off at {weights.stat().st_size} bytes")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _root_cause(error: BaseException) -> str:
+    """Return type and first line of what `error` began with: onnx_ir wraps it once for each level of the graph."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -85,7 +100,9 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             temporary = Path(folder) / target.name
             if weight_bytes(model) < EXTERNAL_THRESHOLD_BYTES:
-                ir.save(_with_internal_weights(model), temporary)
+                for graph in model.graphs():
+                    hold_in_memory(graph.initializers.values())
+                ir.save(model, temporary)
             else:
                 ir.save(model, temporary, external_data=f"{target.name}.data")
                 os.replace(f"{temporary}.data", f"{target}.data")
@@ -93,12 +110,21 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _with_internal_weights(model: ir.Model) -> ir.Model:
+def hold_in_memory(values: Iterable[ir.Value]) -> None:
+    """Read those of the initialisers `values` that lie in a file of weights."""
+    for value in values:
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+
+
+def drop_repeated_names(model: ir.Model) -> None:
+    """Leave nodes without a name where another of their graph has it: ONNX allows that, onnxruntime does not."""
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
-    return model
+        seen: set[str | None] = set()
+        for node in graph:
+            if node.name in seen:
+                node.name = None
+            seen.add(node.name)
 
 
 def opset(model: ir.Model) -> int:
@@ -122,6 +148,11 @@ def op_histogram(model: ir.Model, kernel_ops: Collection[str] = ()) -> Counter[s
     """
     functions = {identifier: _op_ids(function.all_nodes()) for identifier, function in model.functions.items()}
     return count_ops(_op_ids(model.graph.all_nodes()), functions, kernel_ops)
+
+
+def op_name(node: ir.Node) -> str:
+    """Return the op of `node` as counts show it: with its domain, unless that is ONNX's own."""
+    return node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
 
 
 def _op_ids(nodes: Iterable[ir.Node]) -> list[OpId]:

@@ -87,6 +87,8 @@ def optframe_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
 def optframe_stage_started(stage: str, options: Mapping[str, Any]) -> None:
     """Observe that `stage` ("export", "optimize", ...) begins, with its `options`. Return nothing.
 
+    The option `label` tells the same stage of different runs apart, such as "onnxruntime int8"; else it is empty.
+
     Example:
         print(f"{stage} ...")
     """
@@ -102,8 +104,19 @@ def optframe_stage_finished(stage: str, seconds: float, cached: bool) -> None:
 
 
 @hookspec
+def optframe_pass_started(name: str) -> None:
+    """Observe that the pass `name` begins. Return nothing.
+
+    Passes run ahead of their verification: those that ran after one that is rolled back begin anew.
+
+    Example:
+        print(f"{name} ...")
+    """
+
+
+@hookspec
 def optframe_pass_finished(record: PassRecord) -> None:
-    """Observe that a pass ended; `record` is its row of the report.
+    """Observe that a pass ended and has been verified; `record` is its row of the report.
 
     Example:
         print(record.name, record.nodes_before, record.nodes_after)

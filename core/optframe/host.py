@@ -172,6 +172,10 @@ class PluginHost:
         """Tell all observers that `stage` ended."""
         self._notify("optframe_stage_finished", stage=stage, seconds=seconds, cached=cached)
 
+    def pass_started(self, name: str) -> None:
+        """Tell all observers that the pass `name` begins."""
+        self._notify("optframe_pass_started", name=name)
+
     def pass_finished(self, record: PassRecord) -> None:
         """Tell all observers that a pass ended."""
         self._notify("optframe_pass_finished", record=record)

@@ -83,10 +83,15 @@ def relative_difference(before: Array, after: Array) -> Array:
     return relative
 
 
-def compare(before: Array, after: Array, allowed: float) -> Verdict:
-    """Compare a tensor `before` and `after` a change; `allowed` is the relative difference that floats may have.
+def _absolute_difference(before: Array, after: Array) -> Array:
+    return np.abs(before.astype(np.float64) - after.astype(np.float64))
 
-    NaN and infinities have to be where they were. Where `before` is NaN and `after` is not, nobody can tell.
+
+def compare(before: Array, after: Array, allowed: float, absolute: bool = False) -> Verdict:
+    """Compare a tensor `before` and `after` a change; `allowed` is the difference that floats may have.
+
+    It is relative as `relative_difference` defines it, or with `absolute` |a - b| of an element. NaN and infinities
+    have to be where they were. Where `before` is NaN and `after` is not, nobody can tell.
     """
     if before.shape != after.shape:
         return Verdict("different", f"its shape was {list(before.shape)} and is {list(after.shape)}")
@@ -97,24 +102,25 @@ def compare(before: Array, after: Array, allowed: float) -> Verdict:
         return Verdict("different", f"{wrong} of {before.size} elements differ") if wrong else EQUAL
     if before.dtype.kind == "c":
         before, after = (np.stack([array.real, array.imag]) for array in (before, after))
-    return _compare_floats(before, after, allowed)
+    return _compare_floats(before, after, allowed, absolute)
 
 
-def _compare_floats(before: Array, after: Array, allowed: float) -> Verdict:
+def _compare_floats(before: Array, after: Array, allowed: float, absolute: bool) -> Verdict:
     finite = np.isfinite(before)
     lost = np.count_nonzero(finite & ~np.isfinite(after)) + np.count_nonzero(np.isinf(before) & (before != after))
     if lost:
         return Verdict("different", f"{lost} of {before.size} elements became, or are no longer, infinite or NaN")
     if finite.any():
-        worst = float(relative_difference(before[finite], after[finite]).max())
+        difference = _absolute_difference if absolute else relative_difference
+        worst = float(difference(before[finite], after[finite]).max())
         if worst > allowed:
-            return Verdict("different", too_large(worst, allowed))
+            return Verdict("different", too_large(worst, allowed, absolute))
     missing = np.isnan(before)
     if missing.any() and (missing.all() or not np.isnan(after[missing]).all()):
         return Verdict("unverified", f"{np.count_nonzero(missing)} of {before.size} elements were NaN already")
     return EQUAL
 
 
-def too_large(worst: float, allowed: float) -> str:
-    """Say that the relative difference `worst` is more than `allowed`."""
-    return f"its values differ by {worst:.2g} of their size, {allowed:.2g} is allowed"
+def too_large(worst: float, allowed: float, absolute: bool = False) -> str:
+    """Say that the difference `worst` is more than `allowed`."""
+    return f"its values differ by {worst:.2g}{'' if absolute else ' of their size'}, {allowed:.2g} is allowed"

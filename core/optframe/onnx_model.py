@@ -12,15 +12,23 @@ from optframe import feeds, graph
 from optframe.backend import Engine
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.errors import InputError
+from optframe.images import ImageFolder
 from optframe.types import Feeds, Illustration, Outputs
 
 
 @dataclass(frozen=True)
 class OnnxFileOptions:
-    """`path` of the ONNX file; `inputs`: an `.npz` file of real inputs, the last of which calibration never sees."""
+    """`path` of the ONNX file; `inputs`: an `.npz` file of real inputs.
+
+    `calibration_images` is a folder of images, for a model that takes one; `preprocessing` says what it makes of
+    pixels, see `optframe.images.PREPROCESSING`. With inputs and images, errors are measured on the last two inputs and
+    INT8 is calibrated on the images; with one of them, calibration sees all but the last two, where there are more.
+    """
 
     path: Path
     inputs: Path | None = None
+    calibration_images: Path | None = None
+    preprocessing: str = "imagenet"
 
 
 class OnnxFileModel:
@@ -33,16 +41,25 @@ class OnnxFileModel:
     def __init__(self, options: OnnxFileOptions) -> None:
         self.options = options
         self._model = graph.load(options.path)
+        self._images = (
+            ImageFolder(options.calibration_images, self._model, options.preprocessing)
+            if options.calibration_images
+            else None
+        )
 
     def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
         """Return the model file, and for inputs the inputs file."""
         if of == "export":
             return {"model": self.options.path}
-        return {"inputs": self.options.inputs or "random"}
+        options = self.options
+        if options.calibration_images and (of == "calibration" or options.inputs is None):
+            facts = {"images": options.calibration_images, "preprocessing": options.preprocessing}
+            return {**facts, "all": options.inputs is not None}
+        return {"inputs": options.inputs or "random"}
 
     def notes(self) -> Sequence[str]:
         """Say when figures come from random inputs."""
-        if self.options.inputs:
+        if self._samples:
             return []
         return [
             "No --inputs were given: errors are measured on random inputs, which may not be what the model meets, "
@@ -54,12 +71,15 @@ class OnnxFileModel:
         graph.save(graph.load(self.options.path), path)
 
     @cached_property
-    def _samples(self) -> list[Feeds]:
-        return feeds.read_feeds(self.options.inputs, self._model) if self.options.inputs else []
+    def _samples(self) -> Sequence[Feeds]:
+        """What errors are measured on: the last two."""
+        if self.options.inputs:
+            return feeds.read_feeds(self.options.inputs, self._model)
+        return self._images or []
 
     def feeds(self) -> Sequence[Feeds]:
-        """Return the last two samples of the inputs file, filled up with random ones where there are fewer."""
-        chosen = list(self._samples[-2:][::-1])
+        """Return the last two samples, filled up with random ones where there are fewer."""
+        chosen = [self._samples[i] for i in range(len(self._samples))[:-3:-1]]
         return chosen + [self.random_feeds(seed) for seed in range(2 - len(chosen))]
 
     def random_feeds(self, seed: int) -> Feeds:
@@ -67,14 +87,20 @@ class OnnxFileModel:
         return feeds.random_feeds(self._model, seed)
 
     def calibration_feeds(self) -> Iterable[Feeds]:
-        """Return all samples but the last; with a single one, that one.
+        """Return the calibration images, if inputs are given too; else all samples but the last two, as far as there
+        are more.
 
         Raises:
-            InputError: there is no inputs file.
+            InputError: there are neither images nor an inputs file.
         """
+        if self._images is not None and self.options.inputs:
+            return self._images
         if not self._samples:
-            raise InputError("int8 needs data to calibrate on: pass --inputs FILE.npz, or --precision fp32,fp16")
-        return self._samples[:-1] or self._samples
+            raise InputError(
+                "int8 needs data to calibrate on: pass --inputs FILE.npz or --calibration-images DIR, "
+                "or --precision fp32,fp16"
+            )
+        return self._samples[:-2] or self._samples[:-1] or self._samples
 
     def reference(self, feeds: Feeds) -> Outputs:
         """Return what the file as given computes for `feeds`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,10 @@ ORIGIN_KEY = "optframe.from"
 """Metadata key of a node: names of the exported nodes that it stands for, separated by commas."""
 
 SCOPE_KEY = "optframe.scope"
-"""Metadata key of a node: the torch module path that it came from, where the exporter gave one."""
+"""Metadata key of a node: torch module paths that it came from, separated by commas, where the exporter gave any."""
+
+TORCH_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which torch's exporter writes a list of modules, from the outermost in, and last the op."""
 
 Dialect = Literal["onnx_ir", "graphsurgeon"]
 
@@ -111,21 +115,42 @@ def provenance(pass_name: str, metadata: Sequence[Mapping[str, str]], names: Seq
     return {**merged, PASS_KEY: ",".join(dict.fromkeys(made_by))}
 
 
+def module_path(metadata: Mapping[str, str], name: str) -> str:
+    """Return the torch module paths that a node with `metadata` and `name` came from; "" where nobody said.
+
+    Passes write `SCOPE_KEY`. Of a node as exported, torch's exporter tells in its metadata, the older exporter in the
+    name: "/encoder/layers.0/norm/Add".
+    """
+    if SCOPE_KEY in metadata:
+        return metadata[SCOPE_KEY]
+    scopes = metadata.get(TORCH_SCOPES_KEY)
+    if scopes:
+        try:
+            modules = [entry for entry in ast.literal_eval(scopes)[:-1] if isinstance(entry, str) and entry]
+        except (ValueError, SyntaxError, TypeError):  # another tool's text under torch's key
+            return ""
+        return modules[-1] if modules else ""
+    return name.rpartition("/")[0].strip("/") if name.startswith("/") else ""
+
+
 def merge_provenance(metadata: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, str]:
     """Return the provenance metadata of a node made from nodes with `metadata` and `names`, in order, without repeats.
 
     A node that already stands for others (it has `ORIGIN_KEY`) passes those on instead of its own name.
     """
     origins: dict[str, None] = {}
+    scopes: dict[str, None] = {}
     merged: dict[str, str] = {}
     passes: dict[str, None] = {}
     for props, name in zip(metadata, names, strict=True):
         origins.update(dict.fromkeys(filter(None, props.get(ORIGIN_KEY, name).split(","))))
         passes.update(dict.fromkeys(filter(None, props.get(PASS_KEY, "").split(","))))
+        scopes.update(dict.fromkeys(filter(None, module_path(props, name).split(","))))
         for key, value in props.items():
             merged.setdefault(key, value)
     merged[ORIGIN_KEY] = ",".join(origins)
     merged[PASS_KEY] = ",".join(passes)
+    merged[SCOPE_KEY] = ",".join(scopes)
     return {key: value for key, value in merged.items() if value}
 
 

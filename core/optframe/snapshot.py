@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS, OpId
+from optframe.graph import ONNX_DOMAINS, OpId, hold_in_memory
 
 WEIGHT_BYTES = 1024
 """Initialisers above this size are kept beside the structure; shapes, axes and the like stay in it."""
@@ -37,6 +37,8 @@ class Snapshot:
         weights = {name: value.const_value for name, value in initializers.items() if is_weight(value.const_value)}
         for name in weights:
             copy.graph.initializers.pop(name)
+        for graph in copy.graphs():  # what stays in the structure must not refer to files
+            hold_in_memory(graph.initializers.values())
         proto = ir.to_proto(copy)
         copy.graph.initializers.clear()
         copy.graph.initializers.update(initializers)

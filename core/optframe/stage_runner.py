@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -73,7 +74,7 @@ class StageRunner:
         The key is made of the contents of `inputs`, the `options`, and code and library versions of `workers` and core.
         """
         start = time.perf_counter()
-        self.observer.stage_started(stage, dict(options or {}))
+        self.observer.stage_started(stage, {**(options or {}), "label": label})
         description = _describe(stage, inputs or {}, options or {}, [CORE, *workers])
         key = hash_json(description)
         folder = self.work / f"{len(self.results):02d}-{stage}"
@@ -81,7 +82,7 @@ class StageRunner:
         entry = self.store.get(key, folder) if self.store else None
         if entry is None:
             _empty(folder)
-            with disk_errors(self.work):
+            with disk_errors(self.work), _removed_on_failure(folder):
                 action(folder)
             if self.store:
                 self.store.put(key, stage, folder, description)
@@ -102,6 +103,16 @@ def _empty(folder: Path) -> None:
     """Remove what a damaged cache entry may have left half-linked."""
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Leave no half-made folder behind: a caller may go on after a stage that failed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _describe(

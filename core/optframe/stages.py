@@ -6,8 +6,8 @@ export, optimize, reference; then for each precision: calibrate, precision, buil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,26 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from optframe import accuracy, environment, feeds, flops, graph, latency, precision, report
+from optframe import accuracy, details, environment, feeds, flops, graph, latency, precision, report
 from optframe.accuracy import Limits, OutputError
-from optframe.backend import Backend, BuildOptions, Engine
-from optframe.errors import InputError
-from optframe.gate import OptimizeResult, Verify, optimize
+from optframe.backend import (
+    Backend,
+    BuildOptions,
+    BuildsElsewhere,
+    BuildsVariants,
+    CheckingBackend,
+    Engine,
+    NamesOptions,
+)
+from optframe.backends.onnxruntime import has_precision
+from optframe.details import DetailedRunner
+from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
+from optframe.gate import OptimizeResult, Verify, optimize, until
 from optframe.latency import Latency
 from optframe.passes import NearMiss
 from optframe.pipeline import Pipeline
+from optframe.precision import Ranges, Sensitivity
+from optframe.provenance import made_nodes
 from optframe.registry import Kind, Registry
 from optframe.report import Change, EngineRun, PassRow, RunReport
 from optframe.stage_runner import StageResult, StageRunner, Worker
@@ -31,21 +43,36 @@ from optframe.types import PRECISIONS, ModelAdapter, Outputs, Precision
 MODEL_FILE = "model.onnx"
 SAMPLES_FILE = "samples.npz"
 FACTS_FILE = "facts.json"
+DETAILS_FILE = "details.json"
 ENGINE_FILE = "engine.json"
 RANGES_FILE = "ranges.json"
+SENSITIVITY_FILE = "sensitivity.json"
 DUMP_FOLDER = "passes"
 REPRODUCERS_FOLDER = "reproducers"
+PORTABLE = "portable"
+"""The pipeline of a model, or a backend, that wants nothing special."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked for; `pipeline` None means the model's own, `keep` names nodes that stay out of INT8."""
+    """What a run is asked for; `pipeline` None means the model's own, `keep` names nodes that stay out of INT8.
+
+    A precision in which nothing of the model can run is an error, or with `optional` left out with a warning.
+    `int8_base` is the precision of what stays out of INT8. `ranges` is a file of INT8 ranges to use instead of
+    calibrating; `sensitivity` ranks the layers by what INT8 in them costs, and proposes which to keep for this error
+    over response, in `sensitivity_runs` runs of the model or little more.
+    """
 
     precisions: tuple[Precision, ...] = PRECISIONS
+    optional: bool = False
     backends: tuple[str, ...] = ("onnxruntime",)
     pipeline: str | None = None
     calibrator: str = "entropy"
     keep: tuple[str, ...] = ()
+    int8_base: Literal["fp32", "fp16"] = "fp32"
+    ranges: Path | None = None
+    sensitivity: float | None = None
+    sensitivity_runs: int = precision.DEFAULT_RUNS
     verify: Verify = "each"
     stop_after: str | None = None
     dump: bool = False
@@ -63,42 +90,104 @@ class Source:
     worker: Worker
 
 
+def wanted_pipeline(adapter: ModelAdapter, registry: Registry, backends: Sequence[str]) -> str:
+    """Return the pipeline that the first of `backends` asks for, or the model's own in its place.
+
+    Several backends run the same graph, so that their results can be compared.
+    """
+    wanted = registry.backend(backends[0]).pipeline if backends else PORTABLE
+    own: Mapping[str, str] = getattr(adapter, "pipelines", {})
+    return own.get(wanted, wanted if adapter.pipeline == PORTABLE else adapter.pipeline)
+
+
 class Run:
     """One run of all stages for one model; `execute` gives the report, `artefacts` the files a user wants to keep."""
 
-    def __init__(self, source: Source, request: RunRequest, registry: Registry, runner: StageRunner) -> None:
+    def __init__(
+        self,
+        source: Source,
+        request: RunRequest,
+        registry: Registry,
+        runner: StageRunner,
+        on_work: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """`on_work` is told of "samples" calibrated on and "variants" run for the sensitivity, and how many so far."""
         self.source = source
         self.adapter = source.adapter
         self.request = request
         self.registry = registry
         self.runner = runner
-        self.pipeline = Pipeline.parse(request.pipeline or source.adapter.pipeline, registry)
+        text = source.adapter.pipeline if request.pipeline is None else request.pipeline
+        self.pipeline = Pipeline.parse(text, registry)
         self.backends = {name: registry.load_backend(name) for name in request.backends}
         self.artefacts: dict[str, Path] = {}
         self.warnings: list[str] = []
+        self.sensitivity: Sensitivity | None = None
+        self._ranges_file: Path | None = None
+        self._on_work = on_work or (lambda what, count: None)
         self._check_inputs()
 
     def execute(self, command: str = "") -> RunReport:
         """Run every stage and return the report; nothing is written outside the runner's work folder."""
         exported = self._export()
         optimized = self._optimize(exported)
+        if "int8" in self.request.precisions and self.request.ranges is not None:
+            self._ranges(optimized.folder / MODEL_FILE)  # of another model: told before the work of minutes
         expected = self._reference()
         runs, outputs = [], {self.adapter.source: expected[0]}
         for kind in self.request.precisions:
             model = self._convert(optimized.folder / MODEL_FILE, kind)
+            if model is None:
+                continue
             for name, backend in self.backends.items():
-                run, samples = self._measure(model, kind, name, backend, expected)
-                runs.append(run)
-                outputs[f"{kind.upper()}{f' {name}' if len(self.backends) > 1 else ''}"] = samples[0]
+                for run, samples in self._measure(model, kind, name, backend, expected):
+                    runs.append(run)
+                    if samples:
+                        outputs[f"{kind.upper()}{f' {run.place}' if len(self.backends) > 1 else ''}"] = samples[0]
+        if "int8" in self.request.precisions:
+            self.sensitivity = self._sensitivity(optimized.folder / MODEL_FILE)
         return self._report(exported, optimized, runs, outputs, command)
 
+    def calibrate(self) -> tuple[Ranges, Sensitivity | None]:
+        """Run the stages up to calibration; return the ranges of the optimised model and, if asked for, its layers'."""
+        model = self._optimize(self._export()).folder / MODEL_FILE
+        return precision.load_ranges(self._ranges(model)), self._sensitivity(model)
+
     def _check_inputs(self) -> None:
-        """Look at the user's data before the work of minutes begins."""
+        """Look at the user's data and options before the work of minutes begins."""
+        until(self.pipeline.steps, self.request.stop_after)
+        self._check_options()
+        for name, backend in self.backends.items():
+            self._check_backend(name, backend)
         self.adapter.feeds()
-        if "int8" in self.request.precisions:
+        if "int8" in self.request.precisions and self.request.ranges is not None:
+            precision.load_ranges(self.request.ranges)
+        elif "int8" in self.request.precisions:
             self.registry.load_calibrator(self.request.calibrator)
             if next(iter(self.adapter.calibration_feeds()), None) is None:
                 raise InputError("int8 needs data to calibrate on, and there is none: leave int8 out of --precision")
+
+    def _check_options(self) -> None:
+        """See that each option of backends is one of some backend's, if all tell theirs."""
+        if all(isinstance(backend, NamesOptions) for backend in self.backends.values()):
+            known = {name for backend in self.backends.values() for name in backend.option_names}  # type: ignore[attr-defined]
+            for name in self.request.backend_options:
+                if name not in known:
+                    raise unknown_name(f"option of backend {', '.join(self.backends)}", name, known)
+
+    def _options(self, kind: Precision, backend: Backend) -> BuildOptions:
+        """Return what `backend` is asked to build: of all options those that are its own."""
+        options = self.request.backend_options
+        if isinstance(backend, NamesOptions):
+            options = {name: value for name, value in options.items() if name in backend.option_names}
+        return BuildOptions(kind, self.request.device, options, self.registry.ops())
+
+    def _check_backend(self, name: str, backend: Backend) -> None:
+        lacking = backend.missing()
+        if lacking:
+            raise EnvironmentLacks(f"backend {name} does not work here: {lacking}")
+        if isinstance(backend, CheckingBackend):
+            backend.check(self._options("fp32", backend))
 
     @cached_property
     def _input_shapes(self) -> dict[str, list[int]]:
@@ -142,6 +231,7 @@ class Run:
                 stop_after=request.stop_after,
                 reproducer_folder=folder / REPRODUCERS_FOLDER,
                 on_pass=self.registry.host.pass_finished,
+                on_start=self.registry.host.pass_started,
             )
             graph.save(result.model, folder / MODEL_FILE)
             _write_json(folder / FACTS_FILE, _optimize_facts(result))
@@ -181,13 +271,13 @@ class Run:
         )
         return feeds.load_samples(result.folder / SAMPLES_FILE)
 
-    def _convert(self, model: Path, kind: Precision) -> Path:
-        """Return the optimised model in precision `kind`."""
+    def _convert(self, model: Path, kind: Precision) -> Path | None:
+        """Return the optimised model in precision `kind`; None if nothing in it can run so, and that may be."""
         if kind == "fp32":
             return model
         inputs = {"model": model}
         if kind == "int8":
-            inputs["ranges"] = self._calibrate(model) / RANGES_FILE
+            inputs["ranges"] = self._ranges(model)
 
         def action(folder: Path) -> None:
             loaded, ops = graph.load(model), self.registry.ops()
@@ -196,22 +286,79 @@ class Run:
                 converted = precision.to_fp16(loaded, ops=ops, warn=warnings.append)
             else:
                 ranges = precision.load_ranges(inputs["ranges"])
-                converted = precision.quantize(loaded, ranges, keep=self.request.keep, ops=ops, warn=warnings.append)
+                converted = precision.quantize(
+                    loaded,
+                    ranges,
+                    keep=self.request.keep,
+                    base=self.request.int8_base,
+                    ops=ops,
+                    warn=warnings.append,
+                )
             graph.save(converted, folder / MODEL_FILE)
-            _write_json(folder / FACTS_FILE, {"warnings": warnings})
+            _write_json(folder / FACTS_FILE, {"warnings": warnings, "converted": has_precision(converted, kind)})
 
-        options = {"precision": kind, "keep": self.request.keep}
+        options = {"precision": kind, "keep": self.request.keep, "int8_base": self.request.int8_base}
         workers = [self._owner("op", name) for name in self.registry.ops()]
         result = self.runner.run("precision", action, label=kind, inputs=inputs, options=options, workers=workers)
-        self.warnings += _read_json(result.folder / FACTS_FILE)["warnings"]
+        facts = _read_json(result.folder / FACTS_FILE)
+        if not facts["converted"]:
+            self._leave_out(kind)
+            return None
+        self.warnings += facts["warnings"]
         return result.folder / MODEL_FILE
+
+    def _leave_out(self, kind: Precision) -> None:
+        problem = f"{kind}: nothing in this model can run in it"
+        if not self.request.optional:
+            kept = f", since --int8-keep leaves out {', '.join(self.request.keep)}" if self.request.keep else ""
+            raise InputError(f"{problem}{kept if kind == 'int8' else ''}; leave {kind} out of --precision")
+        self.warnings.append(f"{problem}; it is left out")
+
+    def _ranges(self, model: Path) -> Path:
+        """Return the file of INT8 ranges for `model`: the user's, or one measured."""
+        if self._ranges_file is None:
+            if self.request.ranges is not None:
+                precision.load_ranges(self.request.ranges).check(graph.load(model))
+            self._ranges_file = self.request.ranges or self._calibrate(model) / RANGES_FILE
+        return self._ranges_file
+
+    def _sensitivity(self, model: Path) -> Sensitivity | None:
+        target, runs = self.request.sensitivity, self.request.sensitivity_runs
+        if target is None:
+            return None
+        ranges = self._ranges(model)
+
+        def action(folder: Path) -> None:
+            found = precision.analyse(
+                graph.load(model),
+                precision.load_ranges(ranges),
+                self.adapter.feeds(),
+                target=target,
+                runs=runs,
+                ops=self.registry.ops(),
+                progress=lambda count: self._on_work("variants", count),
+            )
+            found.save(folder / SENSITIVITY_FILE)
+
+        inputs, options = self._adapter_key("feeds")
+        result = self.runner.run(
+            "sensitivity",
+            action,
+            inputs={"model": model, "ranges": ranges, **inputs},
+            options={"target": target, "runs": runs, **options},
+            workers=[self.source.worker, *(self._owner("op", name) for name in self.registry.ops())],
+        )
+        return precision.load_sensitivity(result.folder / SENSITIVITY_FILE)
 
     def _calibrate(self, model: Path) -> Path:
         calibrator = self.request.calibrator
 
         def action(folder: Path) -> None:
             ranges = precision.calibrate(
-                graph.load(model), self.adapter.calibration_feeds(), self.registry.load_calibrator(calibrator)()
+                graph.load(model),
+                self.adapter.calibration_feeds(),
+                self.registry.load_calibrator(calibrator)(),
+                progress=lambda count: self._on_work("samples", count),
             )
             ranges.save(folder / RANGES_FILE)
 
@@ -224,38 +371,76 @@ class Run:
 
     def _measure(
         self, model: Path, kind: Precision, name: str, backend: Backend, expected: Sequence[Outputs]
-    ) -> tuple[EngineRun, list[dict[str, Any]]]:
-        """Build, verify and profile one precision on one backend; return its row and its outputs."""
+    ) -> Iterator[tuple[EngineRun, list[dict[str, Any]]]]:
+        """Build, verify and profile one precision on one backend; yield each build's row and outputs.
+
+        Where engines cannot run here there are no outputs, and the row says why.
+        """
         worker = self._owner("backend", name)
-        built = self._build(model, kind, name, backend, worker)
-        engine = _load_engine(built)
-        samples = self._verify(built, engine, backend, worker)
-        profiled = self._profile(built, engine, backend, worker)
+        not_run = (backend.cannot_run() if isinstance(backend, BuildsElsewhere) else None) or ""
+        common = self._common_facts(model, kind)
+        for variant, built in self._variants(model, kind, name, backend, worker):
+            engine = _load_engine(built)
+            self.warnings += [f"{built.label}: {text}" for text in engine.warnings]
+            samples: list[dict[str, Any]] = []
+            run = EngineRun(
+                backend=name,
+                precision=kind,
+                outputs={},
+                device=engine.device,
+                variant=variant,
+                not_run=not_run,
+                engine_bytes=engine.path.stat().st_size,
+                **common,
+            )
+            if not not_run:
+                samples = self._verify(built, engine, backend, worker)
+                run = self._profiled(replace(run, outputs=_errors(samples, expected)), built, engine, backend, worker)
+            yield run, samples
+
+    def _variants(
+        self, model: Path, kind: Precision, name: str, backend: Backend, worker: Worker
+    ) -> Iterator[tuple[str, StageResult]]:
+        """Build every variant of `model` that the backend offers; one beside the usual that fails gives a warning."""
+        options = self._options(kind, backend)
+        variants = backend.variants(model, options) if isinstance(backend, BuildsVariants) else {"": options}
+        for variant, chosen in variants.items():
+            label = f"{name} {kind} {variant}".strip()
+            try:
+                built = self._build(model, label, chosen, name, backend, worker)
+            except OptframeError as error:
+                if not variant:
+                    raise
+                self.warnings.append(f"{label}: cannot be built: {error}")
+                continue
+            self.artefacts[f"engines/{label.replace(' ', '-')}"] = built.folder
+            yield variant, built
+
+    def _common_facts(self, model: Path, kind: Precision) -> dict[str, Any]:
+        """Return what all builds of one model have in common in their rows."""
         loaded = graph.load(model)
-        share = (
-            flops.int8_fractions(loaded, input_shapes=self._input_shapes, ops=self.registry.ops())
-            if kind == "int8"
-            else None
-        )
-        run = EngineRun(
-            backend=name,
-            precision=kind,
-            pipeline=str(self.pipeline),
-            nodes=graph.count_nodes(loaded, self.registry.kernel_ops()),
-            outputs=_errors(samples, expected),
-            limits=self.request.limits.get(kind, Limits()),
-            latency=Latency(**_read_json(profiled.folder / FACTS_FILE)),
-            latency_cached=profiled.cached,
-            device=engine.device,
-            int8_flops_fraction=share.all if share else None,
-            int8_conv_flops_fraction=share.convolutions if share else None,
-        )
-        self.artefacts[f"engines/{name}-{kind}"] = built.folder
-        return run, samples
+        share = self._int8_fractions(loaded) if kind == "int8" else None
+        return {
+            "pipeline": str(self.pipeline),
+            "nodes": graph.count_nodes(loaded, self.registry.kernel_ops()),
+            "limits": self.request.limits.get(kind, Limits()),
+            "int8_flops_fraction": share.all if share else None,
+            "int8_conv_flops_fraction": share.convolutions if share else None,
+        }
 
-    def _build(self, model: Path, kind: Precision, name: str, backend: Backend, worker: Worker) -> StageResult:
-        options = BuildOptions(kind, self.request.device, self.request.backend_options)
+    def _profiled(
+        self, run: EngineRun, built: StageResult, engine: Engine, backend: Backend, worker: Worker
+    ) -> EngineRun:
+        """Return `run` with its latency."""
+        profiled = self._profile(built, engine, backend, worker)
+        latency_facts = Latency(**_read_json(profiled.folder / FACTS_FILE))
+        path = profiled.folder / DETAILS_FILE
+        told = details.from_json(_read_json(path)) if path.is_file() else None
+        return replace(run, latency=latency_facts, latency_cached=profiled.cached, details=told)
 
+    def _build(
+        self, model: Path, label: str, options: BuildOptions, name: str, backend: Backend, worker: Worker
+    ) -> StageResult:
         def action(folder: Path) -> None:
             engine = backend.build(model, folder, options)
             facts = asdict(engine) | {"path": engine.path.relative_to(folder).as_posix()}
@@ -264,10 +449,16 @@ class Run:
         return self.runner.run(
             "build",
             action,
-            label=f"{name} {kind}",
+            label=label,
             inputs={"model": model},
-            options={"backend": name, "versions": backend.versions(), **asdict(options)},
-            workers=[worker],
+            options={
+                "backend": name,
+                "versions": backend.versions(),
+                "precision": options.precision,
+                "device": options.device,
+                "options": dict(options.options),
+            },
+            workers=[worker, *(self._owner("op", op) for op in options.ops)],
         )
 
     def _verify(self, built: StageResult, engine: Engine, backend: Backend, worker: Worker) -> list[dict[str, Any]]:
@@ -293,7 +484,10 @@ class Run:
         def action(folder: Path) -> None:
             with backend.open(engine) as runner:
                 measured = latency.measure(runner, self.adapter.feeds()[0], device=engine.device)
+                told = runner.details(self.adapter.feeds()[0]) if isinstance(runner, DetailedRunner) else None
             _write_json(folder / FACTS_FILE, asdict(measured))
+            if told is not None:
+                _write_json(folder / DETAILS_FILE, asdict(told))
 
         inputs, options = self._adapter_key("feeds")
         return self.runner.run(
@@ -337,9 +531,11 @@ class Run:
             notes=tuple(self.adapter.notes()),
             flops=Change(*(self._flops(model) for model in (before, after))),
             provenance=report.count_provenance(after),
+            made=tuple(made_nodes(after)),
             stages=tuple(self.runner.results),
             illustrations=tuple(self.adapter.illustrate(outputs)),
             environment=environment.describe(),
+            sensitivity=self.sensitivity,
         )
 
 
@@ -371,7 +567,7 @@ def _pass_row(facts: Mapping[str, Any]) -> PassRow:
 
 def _load_engine(built: StageResult) -> Engine:
     facts = _read_json(built.folder / ENGINE_FILE)
-    return Engine(**{**facts, "path": built.folder / facts["path"]})
+    return Engine(**{**facts, "path": built.folder / facts["path"], "warnings": tuple(facts["warnings"])})
 
 
 def _errors(samples: Sequence[Outputs], expected: Sequence[Outputs]) -> dict[str, OutputError]:

@@ -25,8 +25,9 @@ from optframe.dialect import GraphSurgeonView
 from optframe.errors import InputError
 from optframe.graph import ONNX_DOMAINS
 from optframe.host import PluginHost
-from optframe.passes import GraphPass, PassContext, PassResult
+from optframe.passes import SCOPE_KEY, GraphPass, PassContext, PassResult
 from optframe.pipeline import Pipeline
+from optframe.provenance import node_origin
 from optframe.registry import Registry
 from optframe.snapshot import Snapshot
 from optframe.structure import foreign_domains, interface_problem, wiring_problem
@@ -98,6 +99,7 @@ def assert_pass_contract(
     assert first.after.same(twin.after), f"{pass_.name} is not deterministic"
     refused = _Execution.of(pass_, model, registered, allow=False).result.rewrites
     assert refused == 0, f"{pass_.name} makes {refused} rewrites without asking context.allow"
+    assert_provenance(pass_, model, ops=registered.values())
     _assert_text_form(pass_)
     return first.result
 
@@ -142,6 +144,28 @@ class _Execution:
         assert problem is None, f"{name}: {problem}"
         complaint = _checker_complaint(self.model)
         assert complaint is None or _checker_complaint(self.before.model), f"{name}: onnx's checker says: {complaint}"
+
+
+def assert_provenance(pass_: GraphPass, model: ir.Model, *, ops: Iterable[OpSpec] = ()) -> int:
+    """Check that each node which `pass_` makes says so, from which nodes and from which torch modules.
+
+    Seen on a copy of `model` whose nodes all have names and modules; `assert_pass_contract` does this too. Returns how
+    many nodes were new.
+    """
+    tagged = model.clone()
+    kept = {}
+    for number, node in enumerate(tagged.graph.all_nodes()):
+        node.name = f"tagged{number}"
+        node.metadata_props[SCOPE_KEY] = f"module{number}"
+        kept[node.name] = node.op_identifier()
+    changed = _Execution.of(pass_, tagged, {spec.identifier: spec for spec in ops}).model
+    new = [node for node in changed.graph.all_nodes() if kept.get(node.name or "") != node.op_identifier()]
+    for told in map(node_origin, new):
+        what = f"{pass_.name} made {told.op_type} '{told.name}', which does not say"
+        assert pass_.name in told.passes, f"{what} so"
+        assert told.origins, f"{what} from which nodes"
+        assert told.modules, f"{what} from which modules"
+    return len(new)
 
 
 def _checker_complaint(model: ir.Model) -> str | None:

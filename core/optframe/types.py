@@ -81,11 +81,15 @@ class CalibratorSpec:
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """Something that builds engines and runs them. `target` names a class that follows `optframe.backend.Backend`."""
+    """Something that builds engines and runs them. `target` names a class that follows `optframe.backend.Backend`.
+
+    `pipeline` names the pipeline that makes the graphs it runs best; a model may have one of its own in its place.
+    """
 
     name: str
     target: str
     summary: str = ""
+    pipeline: str = "portable"
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,16 @@ class OpAttribute:
 
 @dataclass(frozen=True)
 class OpParameter:
-    """A formal input or output of an op with the dtypes it takes."""
+    """A formal input or output of an op with the dtypes it takes.
+
+    `shift_invariant_axis`: an axis of this input along which adding the same to all changes no output, as of the keys
+    of an attention; FP16 makes use of it.
+    """
 
     name: str
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     optional: bool = False
+    shift_invariant_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,11 +229,14 @@ class ModelAdapter(Protocol):
     `Options` is a frozen dataclass; its fields are the model's command-line options. Those with a name that `optframe
     run` has a flag for (checkpoint, variant, shape, opset, exporter, mask, dynamic, images, calibration_images) get
     it, others come as `--model-option name=value`. Construction is cheap and validates; heavy imports wait.
+
+    An adapter may also have `pipelines`, a mapping from the pipelines that backends ask for (`BackendSpec.pipeline`) to
+    its own: `{"cuda": "mine-cuda"}`.
     """
 
     Options: ClassVar[type[Any]]
     pipeline: str
-    """The pipeline text used when the user names none."""
+    """The pipeline text used when the user names none and `pipelines` has none for the backend."""
     source: str
     """What `reference` runs, in words for the report: "PyTorch FP32"."""
 

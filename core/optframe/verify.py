@@ -15,9 +15,9 @@ import onnx
 from optframe.comparison import RunFailed, compare_pairs
 from optframe.exchange import Exchange
 from optframe.numerics import EQUAL, Verdict, compare, of_all_inputs, of_all_tensors, tolerance
-from optframe.region import MergedModel, MergeError, Pair, Program
+from optframe.region import RANDOM_OPS, MergedModel, MergeError, Pair, Program
 from optframe.samples import Sample, Sampler, run
-from optframe.snapshot import Snapshot
+from optframe.snapshot import Snapshot, ops_of
 from optframe.structure import Inspector, is_fixed, tensor_type
 from optframe.types import Feeds
 from optframe.worker import Arrays, WorkerFailure
@@ -47,17 +47,24 @@ Found: TypeAlias = list[tuple[Sample, dict[Pair, Verdict]]]
 class Verifier:
     """Compares snapshots of one model, `original` being what it was first.
 
-    `feeds` are real inputs; `draw` makes a random one from a seed. Everything native happens in the worker.
+    `feeds` are real inputs; `draw` makes a random one from a seed. Everything native happens in the worker. With
+    `max_abs`, outputs are judged by their largest absolute difference instead of the relative tolerances.
     """
 
     def __init__(
-        self, exchange: Exchange, original: Snapshot, feeds: Sequence[Feeds], draw: Callable[[int], Feeds]
+        self,
+        exchange: Exchange,
+        original: Snapshot,
+        feeds: Sequence[Feeds],
+        draw: Callable[[int], Feeds],
+        max_abs: float | None = None,
     ) -> None:
         self._exchange = exchange
         self._inspector = Inspector(exchange.worker)
         self._original = original
         self._feeds = feeds
         self._draw = draw
+        self._max_abs = max_abs
         self._sampler = Sampler(exchange, original)
         self._moved: dict[int, _Moved] = {}
         self._latest: deque[tuple[Snapshot, list[Path], list[Arrays | str]]] = deque(maxlen=2)
@@ -104,7 +111,7 @@ class Verifier:
     def verify_whole(self, final: Snapshot) -> Verdict:
         """Compare the outputs of `final` with the original's, on all inputs."""
         samples = [*self._real, *self._random]
-        return self._compare_outputs([s.outputs for s in samples], final, samples, excuse=True)
+        return self._compare_outputs([s.outputs for s in samples], final, samples, excuse=self._max_abs is None)
 
     def verify_steps(self, steps: Sequence[Step]) -> list[Verdict]:
         """Return a verdict for each of `steps`, which follow one another, up to the first one that is different."""
@@ -224,18 +231,35 @@ class Verifier:
     ) -> Verdict:
         """Compare the outputs of `after` with those `expected`.
 
-        With `excuse`, a difference counts as unverified where the original amplifies a few roundings as much.
+        A difference counts as unverified where the original draws random numbers, and with `excuse` also where it
+        amplifies a few roundings as much.
         """
         if not samples:
             return self._no_samples()
         verdicts = []
         for sample, old, new in zip(samples, expected, self._outputs(after, samples), strict=True):
             verdict = self._compare_arrays(old, new)
-            if excuse and verdict.status == "different" and self._amplifies(sample):
-                reason = "but so do the original's when the input changes by a few roundings"
-                verdict = Verdict("unverified", f"{verdict.reason}, {reason}")
+            doubt = self._doubt(sample, excuse) if verdict.status == "different" else None
+            if doubt and not isinstance(new, str):
+                verdict = Verdict("unverified", f"{verdict.reason}, {doubt}")
             verdicts.append(replace(verdict, sample=sample.label))
         return of_all_inputs(verdicts)
+
+    def _doubt(self, sample: Sample, excuse: bool) -> str | None:
+        """Return why a difference on `sample` may say nothing about the models."""
+        if self._random_ops:
+            return f"but they are random: the model has {', '.join(self._random_ops)}"
+        if excuse and self._amplifies(sample):
+            return "but so do the original's when the input changes by a few roundings"
+        return None
+
+    @cached_property
+    def _random_ops(self) -> list[str]:
+        """The ops of the original that draw numbers, by which node they are, so that they differ after any change."""
+        proto = self._original.proto
+        bodies = [proto.graph.node, *(function.node for function in self._original.functions.values())]
+        ops = {op for nodes in bodies for _, op, _ in ops_of(nodes)}
+        return sorted(ops & (RANDOM_OPS - {"Dropout"}))  # Dropout does nothing in inference
 
     def _amplifies(self, sample: Sample) -> bool:
         disturbed = self._sampler.disturbed(sample)
@@ -248,11 +272,14 @@ class Verifier:
             return Verdict("different", f"the model no longer runs: {new}")
         if old.keys() != new.keys():
             return Verdict("different", f"its outputs were {', '.join(old)} and are {', '.join(new)}")
-        return of_all_tensors(_named(name, compare(old[name], new[name], self._allowed)) for name in old)
+        absolute = self._max_abs is not None
+        return of_all_tensors(_named(name, compare(old[name], new[name], self._allowed, absolute)) for name in old)
 
     @cached_property
     def _allowed(self) -> float:
-        """The tolerance for outputs: that of the coarsest float type in the original."""
+        """The tolerance for outputs: the caller's, or that of the coarsest float type in the original."""
+        if self._max_abs is not None:
+            return self._max_abs
         graph = self._original.proto.graph
         declared = {tensor_type(value)[0] for value in (*graph.input, *graph.value_info, *graph.output)}
         weights = {tensor.dtype.value for tensor in self._original.weights.values()}

@@ -162,7 +162,7 @@ def test_judge_says_which_output_and_by_how_much() -> None:
     (finding,) = judge(errors, DEFAULT_LIMITS["fp32"])
     assert (finding.output, finding.figure, finding.missed) == ("logits", "max_abs", True)
     (finding,) = judge(errors, DEFAULT_LIMITS["fp16"])
-    assert str(finding) == "logits: err_over_response 0.08 is over its limit 0.04 (2 times as large)"
+    assert str(finding) == "logits: err_over_response 0.08 is over its limit 0.03 (2.7 times as large)"
     assert judge(errors, DEFAULT_LIMITS["int8"]) == []
     assert judge(errors, Limits()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,7 @@ def test_sessions_use_the_cores_this_process_may_use(tmp_path: Path, monkeypatch
     [
         ({"thread": "2"}, "unknown option of backend onnxruntime 'thread': did you mean 'threads'"),
         ({"threads": "many"}, "threads=many is no number of threads"),
+        ({"threads": "9" * 20}, "is no number of threads"),
         ({"tf32": "yes"}, "tf32=yes is neither true nor false"),
         ({"optimization": "extnded"}, "did you mean 'extended'"),
     ],
@@ -120,6 +122,27 @@ def test_options_are_refused_by_name(
     with pytest.raises(InputError, match=message):
         backend.build(write(tmp_path, ADD), tmp_path / "engine", BuildOptions(options=options))
     assert not (tmp_path / "engine").exists()
+
+
+def test_options_and_device_are_checked_before_there_is_a_model(backend: OnnxRuntimeBackend) -> None:
+    backend.check(BuildOptions(options={"threads": "2"}))
+    with pytest.raises(InputError, match="did you mean 'threads'"):
+        backend.check(BuildOptions(options={"thread": "2"}))
+    with pytest.raises(InputError, match="did you mean 'cpu'"):
+        backend.check(BuildOptions(device="gpu"))
+
+
+def test_nodes_of_the_same_name_are_no_obstacle(tmp_path: Path, backend: OnnxRuntimeBackend) -> None:
+    path = write(tmp_path, "float[2] x) => (float[2] y) { a = Relu(x) y = Neg(a) }")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.name = "same"
+    onnx.save(model, path)
+    engine = backend.build(path, tmp_path / "engine", BuildOptions(device="cpu"))
+    assert [node.name for node in onnx.load(engine.path).graph.node] == ["same", ""]
+    for each in (path, engine.path):
+        with opened(each) as runner:
+            np.testing.assert_array_equal(runner.run({"x": np.array([-1, 2], np.float32)})["y"], [0, -2])
 
 
 def test_a_precision_that_the_graph_is_not_in_is_refused(tmp_path: Path, backend: OnnxRuntimeBackend) -> None:
@@ -388,3 +411,13 @@ def test_nothing_is_missing_and_the_version_is_known(backend: OnnxRuntimeBackend
 
     assert backend.missing() is None
     assert onnxruntime.__version__ in backend.versions().values()
+
+
+@pytest.mark.parametrize("module", ["optframe.backends.onnxruntime", "optframe.worker", "optframe_passes.evaluate"])
+def test_onnxruntime_reports_nothing_over_the_network(module: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    code = f"import {module}, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env={**env, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "1"
+    assert not list(tmp_path.iterdir())  # telemetry that is on leaves the file of its session here

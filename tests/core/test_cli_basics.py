@@ -256,7 +256,7 @@ def test_plugins_lists_plugins_contributions_and_problems(broken: None, optframe
     ran = optframe("plugins")
     assert (ran.status, ran.err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")] for line in ran.out.splitlines()]
-    assert ["", "core", "optframe", __version__, "backend: onnxruntime", ""] in rows
+    assert ["", "core", "optframe", __version__, "backend: onnxruntime, torch", ""] in rows
     assert ["", "broken", "acme-broken", "0.1", "(failed)", ""] in rows
     assert "no_such_library_of_mine" in ran.out
 
@@ -362,7 +362,9 @@ def test_doctor_tells_what_works(broken: None, optframe: Callable[..., Ran]) -> 
     ran = optframe("doctor", "--json")
     facts = json.loads(ran.out)
     assert ran.status == 0
-    assert {"name": "onnxruntime", "works": True, "missing": None} in facts["backends"]
+    backend = next(backend for backend in facts["backends"] if backend["name"] == "onnxruntime")
+    assert (backend["works"], backend["missing"], backend["cannot_run"]) == (True, None, None)
+    assert "onnxruntime" in backend["versions"]
     assert facts["packages"]["optframe"] == __version__
     assert [problem["plugin"] for problem in facts["problems"]] == ["broken"]
     page = optframe("doctor")
@@ -409,3 +411,9 @@ def test_doctor_survives_backends_that_do_not(install_plugin: Install, optframe:
     assert "ZeroDivisionError" in backends["fpga"]["missing"]
     assert "plugin 'acme' (acme-backends 0.4)" in backends["fpga"]["missing"]
     assert "cannot load 'acme_backends:Void'" in backends["void"]["missing"]
+
+
+def test_a_group_without_a_command_says_what_is_missing(optframe: Callable[..., Ran]) -> None:
+    ran = optframe("cache")
+    assert ran.status == 2
+    assert ran.err.startswith("error: a command is missing\nsee optframe cache --help")

@@ -12,6 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from optframe import hookspec, passes
+from optframe.pipeline import Pipeline
+from optframe.registry import default_registry
 from optframe.testing import assert_pass_contract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +49,13 @@ def test_the_documented_pass_keeps_the_contract(example: ModuleType) -> None:
     )
     result = assert_pass_contract(example.DropDropout(), model, [{"x": np.array([[-1, 2, 0], [3, -4, 5]], np.float32)}])
     assert result == passes.PassResult(modified=True, rewrites=1)
+
+
+def test_the_readmes_pipelines_can_be_read() -> None:
+    texts = re.findall(r"""(?:--pipeline |pipeline=)"([^"]+)\"""", README)
+    assert len(texts) == 2
+    for text in texts:
+        Pipeline.parse(text.removesuffix(",my-pass"), default_registry())
 
 
 def test_the_readme_names_files_that_exist() -> None:

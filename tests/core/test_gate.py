@@ -614,6 +614,22 @@ def test_what_amplifies_rounding_is_unverified_as_a_whole() -> None:
     assert result.warnings == (f"the whole model could not be verified: {result.reason}",)
 
 
+def test_a_model_that_draws_random_numbers_is_unverified() -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2, 4] x) => (float[2, 4] y) { i = Identity (x)
+      r = RandomNormalLike (i)
+      y = Add (i, r) }
+    """
+
+    def draw_others(model: ir.Model) -> None:
+        find(model, "RandomNormalLike").attributes["seed"] = ir.AttrFloat32("seed", 1.0)
+
+    result = run(parse(text), scripted(draw_others), verify="end")
+    assert result.verified == "unverified"
+    assert "random: the model has RandomNormalLike" in result.reason
+
+
 def test_weights_on_disk_are_verified_and_stay_there(tmp_path: Path) -> None:
     weights = np.arange(4000, dtype=np.float32).reshape(4, 1000) / 4000
     text = """
@@ -681,3 +697,22 @@ def test_initialisers_of_subgraphs_may_hide_outer_ones() -> None:
     }
     """
     assert run(parse(text), DropIdentities()).records[0].verified == "equal"
+
+
+def test_small_weights_on_disk_are_verified_too(tmp_path: Path) -> None:
+    ir.save(parse(MLP), tmp_path / "model.onnx", external_data="model.data", size_threshold_bytes=0)
+    loaded = graph.load(tmp_path / "model.onnx")
+    assert isinstance(loaded.graph.initializers["bias"].const_value, ir.ExternalTensor)
+    result = run(loaded, DropIdentities(), scripted(replace_relu_by_abs))
+    assert [record.verified for record in result.records] == ["equal", "rolled-back"]
+
+
+def test_observers_hear_of_passes_when_they_begin_and_again_after_a_roll_back() -> None:
+    begun: list[str] = []
+    run(parse(MLP), scripted(replace_relu_by_abs), DropIdentities(), on_start=begun.append)
+    assert begun == ["scripted", "drop-identities", "drop-identities"]
+
+
+def test_an_unknown_pass_to_stop_after_lists_each_known_one_once() -> None:
+    with pytest.raises(InputError, match=r"known: drop-identities, halves$"):
+        run(parse(MLP), DropIdentities(), Halves(), DropIdentities(), stop_after="zzz")

@@ -24,6 +24,7 @@ ARGUMENTS: dict[str, Any] = {
     "options": {"opset": 18},
     "seconds": 1.25,
     "cached": True,
+    "name": "fold-constants",
     "record": SimpleNamespace(name="fold-constants", nodes_before=10, nodes_after=7),
 }
 """An argument of every name that observers take."""
@@ -31,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
 HEARD = {
     "optframe_stage_started": "optimize ...\n",
     "optframe_stage_finished": "optimize: 1.2 s (cached)\n",
+    "optframe_pass_started": "fold-constants ...\n",
     "optframe_pass_finished": "fold-constants 10 7\n",
 }
 """What the examples of observers print."""

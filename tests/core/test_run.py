@@ -169,6 +169,7 @@ def optframe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "small.onnx", "--out", "text.onnx/out"], 2, "cannot write text.onnx/out"),
         (["run", "small.onnx", "--precision", "fp32", "--device", "cuda"], 3, "onnxruntime"),
         (["optimize", "small.onnx", "-o", "text.onnx/o.onnx", "--pipeline", PIPELINE], 2, "cannot write"),
+        (["optimize", "missing.onnx", "-o", "text.onnx/o.onnx"], 2, "cannot write"),  # said before any work
         (["compare", "small.onnx", "other.onnx", "--max-abs", "1e-6"], 1, "the absolute difference is over 1e-06"),
         (["profile", "small.onnx", "--inputs", "missing.npz"], 2, "no such file: missing.npz"),
     ],
@@ -200,6 +201,51 @@ def test_a_file_without_data_runs_in_what_needs_none(
     data = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
     assert [run["precision"] for run in data["runs"]] == ["fp32", "fp16"]
     assert any("calibrate INT8" in note for note in data["notes"])
+
+
+INTEGERS = """
+<ir_version: 8, opset_import: ["" : 17]>
+integers (int64[4] x) => (int64[4] y) { y = Add(x, x) }
+"""
+
+
+def test_a_precision_that_does_nothing_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    path = graph.save(ir.from_onnx_text(INTEGERS), tmp_path / "integers.onnx")
+    asked = ("fp32", "fp16")
+    report = api.run(path, request=RunRequest(pipeline=PIPELINE, precisions=asked, optional=True))
+    assert [run.precision for run in report.runs] == ["fp32"]
+    assert "fp16: nothing in this model can run in it; it is left out" in report.warnings
+    with pytest.raises(InputError, match="fp16: nothing in this model can run in it; leave fp16 out of --precision"):
+        api.run(path, request=RunRequest(pipeline=PIPELINE, precisions=asked))
+
+
+def test_int8_that_is_kept_out_of_everything_says_so(model: Path, inputs: Path) -> None:
+    request = RunRequest(pipeline=PIPELINE, precisions=("int8",), keep=("*",))
+    with pytest.raises(InputError, match=r"since --int8-keep leaves out \*; leave int8 out"):
+        api.run(model, options={"inputs": inputs}, request=request)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--device", "gpu"], 2),
+        (["--backend-option", "thread=2"], 2),
+        (["--stop-after", "lift-opset", "--pipeline", PIPELINE], 2),
+    ],
+)
+def test_what_shows_before_the_work_is_said_before_it(
+    model: Path, tmp_path: Path, arguments: list[str], status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(model), "--out", str(tmp_path / "out"), *arguments]) == status
+    assert "export" not in capfd.readouterr().err  # the first stage has not begun
+
+
+def test_progress_tells_the_runs_apart(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(model), "--out", str(tmp_path / "out"), "--pipeline", PIPELINE]) == 0
+    lines = [" ".join(line.split()[:-2]) for line in capfd.readouterr().err.splitlines() if line.endswith(" s")]
+    assert lines[:3] == ["export", "optimize", "reference"]
+    assert {"precision fp16", "build onnxruntime fp32", "verify onnxruntime fp16"} < set(lines)
+    assert len(set(lines)) == len(lines)
 
 
 def test_optimize_writes_the_model_and_its_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,12 @@ def test_the_same_again_is_served_and_says_when_it_was_made(tmp_path: Path, sour
     assert recorder.runs == 1
     assert (first.cached, second.cached) == (False, True)
     assert second.created == pytest.approx(first.created, abs=5)  # the entry is written right after the action
-    assert recorder.heard == [("export", {"opset": 17}), ("export", False), ("export", {"opset": 17}), ("export", True)]
+    assert recorder.heard == [
+        ("export", {"opset": 17, "label": ""}),
+        ("export", False),
+        ("export", {"opset": 17, "label": ""}),
+        ("export", True),
+    ]
 
 
 @pytest.mark.parametrize("change", ["input", "option", "code", "version"])
@@ -118,3 +123,15 @@ def test_library_versions_are_those_of_the_direct_requirements() -> None:
     stage_runner.library_versions.cache_clear()
     versions = dict(library_versions("optframe"))
     assert {"optframe", "numpy", "onnx", "onnxruntime"} <= versions.keys()
+
+
+def test_a_stage_that_failed_leaves_room_for_the_next(tmp_path: Path) -> None:
+    runner = StageRunner(tmp_path, None, Recorder())
+
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        runner.run("build", fails)
+    assert not (runner.run("build", lambda folder: None).folder / "half").exists()

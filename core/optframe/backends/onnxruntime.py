@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ import onnx_ir as ir
 
 from optframe import environment, files, graph
 from optframe.backend import BuildOptions, Engine
+from optframe.backends.inputs import ModelInput, check_feeds
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
 from optframe.types import Feeds, Outputs, Precision
 
@@ -36,6 +38,12 @@ DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 QUIET = 4
 """onnxruntime's severity "fatal": it logs errors besides raising them, and they are ours to report."""
+
+THREAD_DIGITS = 4
+"""No machine has more threads than that; onnxruntime takes what fits 32 bits, and may hang long before."""
+
+REPEATED_NAME = "two nodes with same node name"
+"""What onnxruntime says of a graph in which nodes share a name, which ONNX allows."""
 
 QUANTIZED_OP = re.compile(r"(Quantize|Dequantize|DynamicQuantize)Linear|QLinear\w+|\w+Integer")
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -94,7 +102,7 @@ class SessionSettings:
                 raise unknown_name("option of backend onnxruntime", name, [field.name for field in fields(cls)])
         threads, tf32 = options.get("threads", "0"), options.get("tf32", "false")
         optimization = options.get("optimization", "all")
-        if not (threads.isascii() and threads.isdigit()):
+        if not (threads.isascii() and threads.isdigit() and len(threads) <= THREAD_DIGITS):
             raise InputError(f"backend onnxruntime: threads={threads} is no number of threads (0: one for each core)")
         if tf32 not in ("true", "false"):
             raise InputError(f"backend onnxruntime: tf32={tf32} is neither true nor false")
@@ -107,6 +115,7 @@ class OnnxRuntimeBackend:
     """Follows `optframe.backend.Backend`. Options: see `SessionSettings`."""
 
     name = "onnxruntime"
+    option_names = frozenset(field.name for field in fields(SessionSettings))
 
     def missing(self) -> str | None:
         """Return None if onnxruntime is installed, else the command that installs it."""
@@ -119,6 +128,16 @@ class OnnxRuntimeBackend:
         found = {name: environment.version(name) for name in DISTRIBUTIONS}
         return {name: version for name, version in found.items() if version}
 
+    def check(self, options: BuildOptions) -> None:
+        """Check the settings and the device that `options` ask for.
+
+        Raises:
+            InputError: an option or the device is unknown.
+            EnvironmentLacks: the device or its provider is missing.
+        """
+        SessionSettings.parse(options.options)
+        choose_device(options.device)
+
     def build(self, model: Path, folder: Path, options: BuildOptions) -> Engine:
         """Prove that onnxruntime takes `model` on the device asked for, then write `folder`/model.onnx and settings.
 
@@ -129,6 +148,7 @@ class OnnxRuntimeBackend:
         settings = SessionSettings.parse(options.options)
         device = choose_device(options.device)
         loaded = graph.load(model)
+        graph.drop_repeated_names(loaded)
         check_precision(model, loaded, options.precision)
         create_session(model, device, settings)
         engine = Engine(graph.save(loaded, folder / "model.onnx"), self.name, options.precision, device)
@@ -201,10 +221,18 @@ def check_precision(path: Path, model: ir.Model, precision: Precision) -> None:
     Raises:
         InputError: it is not.
     """
-    if precision == "int8" and not any(QUANTIZED_OP.fullmatch(node.op_type) for node in _nodes(model)):
+    if has_precision(model, precision):
+        return
+    if precision == "int8":
         raise InputError(f"{path} has no QuantizeLinear or DequantizeLinear, so it is not int8: quantise it first")
-    if precision == "fp16" and not _has_half(model):
-        raise InputError(f"{path} has no float16 tensors, so it is not fp16: convert it first")
+    raise InputError(f"{path} has no float16 tensors, so it is not fp16: convert it first")
+
+
+def has_precision(model: ir.Model, precision: Precision) -> bool:
+    """Whether something in `model` is of `precision`; FP32 goes with any model."""
+    if precision == "int8":
+        return any(QUANTIZED_OP.fullmatch(node.op_type) for node in _nodes(model))
+    return precision == "fp32" or _has_half(model)
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -238,10 +266,20 @@ def create_session(path: Path, device: str, settings: SessionSettings) -> Any:
     try:
         session = ort.InferenceSession(str(path), options, providers=_providers(device, settings))
     except Exception as error:  # onnxruntime's exceptions have no common base
+        if REPEATED_NAME in str(error):
+            return _session_without_names(path, device, settings)
         raise _load_error(path, device, error) from error
     if device == "cuda" and CUDA_PROVIDER not in session.get_providers():
         raise EnvironmentLacks(f"onnxruntime's CUDA provider did not start, its libraries are missing: {CUDA_COMMAND}")
     return session
+
+
+def _session_without_names(path: Path, device: str, settings: SessionSettings) -> Any:
+    """Return a session of a copy of the model at `path` in which no two nodes share a name."""
+    model = graph.load(path)
+    graph.drop_repeated_names(model)
+    with tempfile.TemporaryDirectory(prefix="optframe-") as folder:
+        return create_session(graph.save(model, Path(folder) / path.name), device, settings)
 
 
 def _providers(device: str, settings: SessionSettings) -> list[Any]:
@@ -291,39 +329,6 @@ def _out_of_memory(path: Path, text: str) -> EnvironmentLacks | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Input:
-    """An input as the session declares it; a dimension is a size, or a symbol's name, or None.
-
-    onnxruntime tells a shape of no dimensions for a scalar and for an unknown rank: then the model decides.
-    """
-
-    name: str
-    data_type: ir.DataType
-    shape: tuple[int | str | None, ...]
-
-    def check(self, array: Array, symbols: dict[str, int]) -> Array:
-        """Return `array` if it fits, C-contiguous; `symbols` collects the sizes of named dimensions."""
-        wanted, is_text = self.data_type.numpy(), self.data_type == ir.DataType.STRING
-        if array.dtype.kind not in "OSUT" if is_text else array.dtype != wanted:
-            raise InputError(f"input '{self.name}' is {array.dtype}, the model takes {'text' if is_text else wanted}")
-        if self.shape and not (array.ndim == len(self.shape) and all(map(_fits(symbols), array.shape, self.shape))):
-            shape = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
-            known = [f"{name} = {symbols[name]}" for name in self.shape if isinstance(name, str) and name in symbols]
-            raise InputError(
-                f"input '{self.name}' has shape {list(array.shape)}, the model takes [{shape}]"
-                + (f" with {', '.join(known)}" if known else "")
-            )
-        return np.require(array, requirements="C")
-
-
-def _fits(symbols: dict[str, int]) -> Callable[[int, int | str | None], bool]:
-    def fits(size: int, dim: int | str | None) -> bool:
-        return dim is None or size == (dim if isinstance(dim, int) else symbols.setdefault(dim, size))
-
-    return fits
-
-
 def _tensor_type(kind: str, what: str) -> ir.DataType:
     if kind not in TENSOR_TYPES:
         raise InputError(f"the model's {what} is a {kind}; only tensors of plain types can be run")
@@ -337,7 +342,7 @@ class OnnxRuntimeRunner:
         self._open: Any = session
         self._label = label
         self._inputs = [
-            _Input(value.name, _tensor_type(value.type, f"input '{value.name}'"), tuple(value.shape))
+            ModelInput(value.name, _tensor_type(value.type, f"input '{value.name}'"), tuple(value.shape) or None)
             for value in session.get_inputs()
         ]
         self._outputs: Sequence[str] = [value.name for value in session.get_outputs()]
@@ -374,15 +379,8 @@ class OnnxRuntimeRunner:
         return [_to_numpy(value) for value in values]
 
     def _check(self, feeds: Feeds) -> dict[str, Array]:
-        wanted = [value.name for value in self._inputs]
-        for name in feeds:
-            if name not in wanted:
-                raise unknown_name("input", name, wanted)
-        absent = [name for name in wanted if name not in feeds]
-        if absent:
-            raise InputError(f"{self._label} needs input '{absent[0]}' (it takes {', '.join(wanted)})")
-        symbols: dict[str, int] = {}
-        return {value.name: value.check(np.asarray(feeds[value.name]), symbols) for value in self._inputs}
+        """A session tells a shape of no dimensions for a scalar and for an unknown rank: then the model decides."""
+        return check_feeds(feeds, self._inputs, self._label)
 
     def __enter__(self) -> Self:
         return self

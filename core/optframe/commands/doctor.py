@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from optframe import environment
+from optframe.backend import BuildsElsewhere
 from optframe.commands.plugins import problem_facts, problem_table, wrapping_table
 from optframe.errors import EnvironmentLacks, OptframeError, describe
 
@@ -43,18 +44,27 @@ def doctor(
 
 
 def backend_facts(registry: Registry) -> list[dict[str, Any]]:
-    """Return for each registered backend whether it works here, and if not, what is missing and what mends it."""
-    missing = {spec.name: _missing(registry, spec.name) for spec in registry.backends()}
-    return [{"name": name, "works": lack is None, "missing": lack} for name, lack in missing.items()]
+    """Return for each registered backend whether it works here, what is missing and what mends it, and its versions.
+
+    `cannot_run` says why a backend that works builds engines here but cannot run them.
+    """
+    return [_facts(registry, spec.name) for spec in registry.backends()]
 
 
-def _missing(registry: Registry, name: str) -> str | None:
+def _facts(registry: Registry, name: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": name, "works": False, "missing": None, "cannot_run": None, "versions": {}}
     try:
-        return registry.load_backend(name).missing()
+        backend = registry.load_backend(name)
+        facts["missing"] = backend.missing()
+        if facts["missing"] is None:
+            cannot_run = backend.cannot_run() if isinstance(backend, BuildsElsewhere) else None
+            facts |= {"works": True, "cannot_run": cannot_run, "versions": dict(backend.versions())}
     except OptframeError as error:
-        return str(error)
+        facts["missing"] = str(error)
     except Exception as error:  # of a stranger's backend; the others still want to be heard
-        return f"its check raised {describe(error)}; tell the authors of {registry.contribution('backend', name).blame}"
+        blame = registry.contribution("backend", name).blame
+        facts["missing"] = f"its check raised {describe(error)}; tell the authors of {blame}"
+    return facts
 
 
 def _machine_table(facts: dict[str, Any]) -> Table:
@@ -85,7 +95,16 @@ def _library_table(facts: dict[str, Any]) -> Table:
 
 
 def _backend_table(backends: list[dict[str, Any]]) -> Table:
-    table = wrapping_table("Backends", "name", "works here", "what is missing, and what mends it")
+    table = wrapping_table("Backends", "name", "works here", "with what; what is missing, and what mends it")
     for backend in backends:
-        table.add_row(*map(escape, (backend["name"], "yes" if backend["works"] else "no", backend["missing"] or "")))
+        works = "no" if not backend["works"] else "builds" if backend["cannot_run"] else "yes"
+        table.add_row(*map(escape, (backend["name"], works, _backend_remark(backend))))
     return table
+
+
+def _backend_remark(backend: dict[str, Any]) -> str:
+    if backend["missing"]:
+        return str(backend["missing"])
+    versions = ", ".join(f"{name} {version}" for name, version in backend["versions"].items())
+    reason = backend["cannot_run"]
+    return f"{versions}; its engines do not run here: {reason}" if reason else versions

@@ -23,7 +23,59 @@ Dump = Annotated[Path | None, typer.Option("--dump", metavar="DIR", help="Keep t
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="End the pipeline after PASS.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="What builds and runs the engine.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto: the best there is.")]
+BackendOption = Annotated[
+    list[str] | None, typer.Option("--backend-option", metavar="NAME=VALUE", help="An option of the backend.")
+]
+Plugins = Annotated[
+    str | None,
+    typer.Option(
+        "--plugins", metavar="all|none|LIST", help="Which ops run as plugin kernels; `run` builds with and without."
+    ),
+]
+ComputeCapability = Annotated[
+    str | None,
+    typer.Option("--compute-capability", metavar="LIST", help="GPUs to build for, such as sm86,sm89,sm120."),
+]
+Profile = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME=MIN/OPT/MAX,...",
+        help="Range of dynamic dimensions, by name, or of an input's shape; repeat for several profiles.",
+    ),
+]
+Workspace = Annotated[
+    int | None, typer.Option("--workspace", metavar="MIB", help="Scratch memory that a layer may take.", min=1)
+]
+OptimizationLevel = Annotated[
+    int | None, typer.Option("--optimization-level", metavar="0-5", help="How much the builder tries.", min=0)
+]
+Int8Base = Annotated[Literal["fp32", "fp16"], typer.Option("--int8-base", help="Precision of what stays out of INT8.")]
+CalibrationCache = Annotated[
+    Path | None,
+    typer.Option("--calibration-cache", metavar="FILE", help="INT8 ranges that `optframe calibrate` wrote."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def engine_options(
+    plugins: str | None,
+    compute_capability: str | None,
+    profile: list[str] | None,
+    workspace: int | None,
+    optimization_level: int | None,
+    backend_option: list[str] | None,
+) -> dict[str, str]:
+    """Return the options of a backend that have flags of their own, with those given as `--backend-option`."""
+    flags = {
+        "plugins": plugins,
+        "compute_capability": compute_capability,
+        "profile": ";".join(profile) if profile else None,
+        "workspace": workspace,
+        "optimization_level": optimization_level,
+    }
+    given = {name: str(value) for name, value in flags.items() if value is not None}
+    return {**read_pairs(backend_option, "--backend-option"), **given}
 
 
 def split(text: str) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from optframe.registry import Kind, Registry
     from optframe.session import Session
 
+EXAMPLE_HEADING = "Example:\n"
+"""What a pass's docstring has before its example: lines `before:` and `after:`, indented."""
+
 
 def passes(
     context: typer.Context,
@@ -61,8 +64,10 @@ def _head(registry: Registry, step: PassSpec | PipelineSpec) -> dict[str, Any]:
 def _pass_facts(cls: type[GraphPass]) -> dict[str, Any]:
     kinds = option_types(cls)
     own_doc = "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else cls.__doc__ or ""  # dataclass's stopgap
+    doc, _, example = inspect.cleandoc(own_doc).partition(EXAMPLE_HEADING)
     return {
-        "doc": inspect.cleandoc(own_doc),
+        "doc": doc.rstrip(),
+        "example": inspect.cleandoc(f"\n{example}"),
         "options": [_option(field, kinds[field.name]) for field in dataclasses.fields(cls) if field.init],
         "after": list(cls.after),
         "before": list(cls.before),
@@ -99,6 +104,7 @@ def _pass_sections(facts: dict[str, Any]) -> dict[str, str]:
     options = ["{name}: {type}; default {default}".format(**option) for option in facts["options"]]
     return {
         "what it does": facts["doc"] or "(its class has no docstring)",
+        "example": facts["example"] or "(its docstring has no section 'Example:')",
         "options": "\n".join(options) or "none",
         "order": f"after: {', '.join(facts['after']) or 'any'}; before: {', '.join(facts['before']) or 'any'}",
         "dialect": facts["dialect"],

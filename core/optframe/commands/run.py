@@ -77,6 +77,16 @@ def run(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Nodes to leave out of INT8.", rich_help_panel=GRAPH_PANEL),
     ] = None,
+    int8_base: shared.Int8Base = "fp32",
+    calibration_cache: shared.CalibrationCache = None,
+    sensitivity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR",
+            help="Rank layers by what INT8 in them costs; say which to keep for this error over response.",
+            rich_help_panel=GRAPH_PANEL,
+        ),
+    ] = None,
     backend: Annotated[
         str, typer.Option(metavar="LIST", help="What builds and runs engines.", rich_help_panel=OUTPUT_PANEL)
     ] = "onnxruntime",
@@ -84,6 +94,11 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the backend.", rich_help_panel=OUTPUT_PANEL),
     ] = None,
+    plugins: shared.Plugins = None,
+    compute_capability: shared.ComputeCapability = None,
+    profile: shared.Profile = None,
+    workspace: shared.Workspace = None,
+    optimization_level: shared.OptimizationLevel = None,
     device: shared.Device = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: runs/MODEL.", rich_help_panel=OUTPUT_PANEL)
@@ -110,19 +125,28 @@ def run(
     options = {name: value for name, value in chosen.items() if value is not None}
     options |= read_model_options(shared.read_pairs(model_option, "--model-option"), model, session.registry)
     request = RunRequest(
-        precisions=shared.read_precisions(precision) if precision else default_precisions(model, inputs),
+        precisions=shared.read_precisions(precision)
+        if precision
+        else default_precisions(model, inputs or calibration_images or calibration_cache),
+        optional=precision is None,
         backends=shared.split(backend),
         pipeline=pipeline,
         calibrator=calibrator,
         keep=tuple(int8_keep or ()),
+        int8_base=int8_base,
+        ranges=calibration_cache,
+        sensitivity=sensitivity,
         verify=verify,
         stop_after=stop_after,
         dump=dump is not None,
         device=device,
-        backend_options=shared.read_pairs(backend_option, "--backend-option"),
+        backend_options=shared.engine_options(
+            plugins, compute_capability, profile, workspace, optimization_level, backend_option
+        ),
     )
     target = out or Path("runs") / Path(model).stem
-    with Progress(session).observing():
+    progress = Progress(session)
+    with progress.observing():
         report = api.run(
             model,
             options=options,
@@ -132,15 +156,16 @@ def run(
             store=Store() if cache else None,
             registry=session.registry,
             command=shlex.join(["optframe", *sys.argv[1:]]),
+            on_work=progress.count,
         )
     show(session, report, target, as_json)
     if not report.passed:
         raise CheckFailed(f"a check failed, see the warnings above and {target / 'report.html'}")
 
 
-def default_precisions(model: str, inputs: Path | None) -> tuple[Precision, ...]:
+def default_precisions(model: str, data: Path | None) -> tuple[Precision, ...]:
     """Return all precisions; without INT8 for an ONNX file that comes without data to calibrate on."""
-    if api.is_file(model) and inputs is None:
+    if api.is_file(model) and data is None:
         return tuple(kind for kind in PRECISIONS if kind != "int8")
     return PRECISIONS
 
@@ -177,5 +202,6 @@ def show(session: Session, report: RunReport, target: Path, as_json: bool) -> No
         return
     session.console.print(summary_table(report))
     for line in summary_lines(report):
-        session.console.print(line, markup=False, highlight=False)
+        wrapped = session.console.is_terminal  # a log keeps a line whole, to be searched
+        session.console.print(line, markup=False, highlight=False, soft_wrap=not wrapped)
     session.console.print(f"report: {target / 'report.html'}", soft_wrap=True, markup=False, highlight=False)

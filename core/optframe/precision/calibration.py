@@ -14,12 +14,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from optframe import feeds as feeds_module
 from optframe import graph
 from optframe.backend import Engine, Runner
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.errors import InputError
 from optframe.precision.calibrator import Calibrator, Histogram, calibrator_text
 from optframe.precision.equalization import CHANNEL_AXIS, channel_groups, equalizable, equalize, factors
+from optframe.precision.nodes import is_constant
 from optframe.precision.placement import CONVOLUTIONS, Placement, Scope, place, weight_index
 from optframe.precision.ranges import DataHash, Ranges, TensorRange
 from optframe.shapes import inferred, static_shape
@@ -45,14 +47,16 @@ def calibrate(
     calibrator: Calibrator,
     *,
     scope: Scope = "default",
+    everywhere: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Ranges:
     """Return the ranges that `quantize` needs for `scope`, measured on every sample of `feeds` in onnxruntime.
 
     `model` is the FP32 model; it stays as it is. The first two samples serve to equalise channels (see
     `precision.equalization`), then all are run through the equalised model. Memory does not grow with the number of
-    samples: a histogram of 4096 bins is kept for each tensor. `progress` is called after each sample with how many are
-    done.
+    samples: a histogram of 4096 bins is kept for each tensor. With `everywhere`, all float tensors of the main graph
+    are measured, of the model as it is, with no channel equalised: what a runtime that places INT8 itself needs.
+    `progress` is called after each sample with how many are done.
 
     Raises:
         InputError: there are no samples, one does not fit the model, or a tensor gets NaN or infinity.
@@ -65,9 +69,9 @@ def calibrate(
     typed = inferred(model)
     placement = place(typed, scope, input_shapes=shapes)
     sizes = _sizes(inferred(model, shapes))
-    equalization = _measure_factors(typed, placement, sizes, first)
+    equalization = {} if everywhere else _measure_factors(typed, placement, sizes, first)
     equalize(typed, equalization)
-    watch = _Watch(placement)
+    watch = _Watch(placement, _float_tensors(typed) if everywhere else ())
     data, count = DataHash(), 0
     with _runners(typed, watch.names(), sizes) as runners:
         for count, sample in enumerate(chain(first, samples), start=1):
@@ -120,8 +124,8 @@ def _not_finite(name: str, sample: int) -> InputError:
 class _Watch:
     """Histograms of the sources of all tensors to quantise, and channel means of what meets constant weights."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._histograms = {_name(value): Histogram() for value in placement.sources.values()}
+    def __init__(self, placement: Placement, more: Iterable[ir.Value] = ()) -> None:
+        self._histograms = {_name(value): Histogram() for value in (*placement.sources.values(), *more)}
         self._means: dict[tuple[str, int], _Mean] = {}
         for node in placement.products:
             axis = channel_axis(node)
@@ -188,6 +192,14 @@ def _name(value: ir.Value | None) -> str:
     if value is None or not value.name:
         raise InputError("a tensor to calibrate has no name: name all values of the model")
     return value.name
+
+
+def _float_tensors(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield the FP32 inputs of the main graph, and what its nodes compute in FP32 from anything but constants alone."""
+    yield from (value for value in feeds_module.model_inputs(model) if value.dtype == ir.DataType.FLOAT)
+    for node in model.graph:
+        if not all(value is None or is_constant(value) for value in node.inputs):
+            yield from (value for value in node.outputs if value.dtype == ir.DataType.FLOAT and value.name)
 
 
 def _sizes(model: ir.Model) -> dict[str, int]:

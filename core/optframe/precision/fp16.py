@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 from optframe import graph
 from optframe.ops import attach
 from optframe.passes import PassContext
+from optframe.precision.centring import centre
 from optframe.precision.fp16_rules import FLOAT, UNTYPED, Slots, half_nodes
 from optframe.precision.nodes import Names, Warn, is_constant, is_standard, log_warning
 from optframe.shapes import dtype_name, inferred
@@ -31,13 +32,14 @@ def to_fp16(
     """Return a copy of the FP32 `model` that computes in FP16 where `precision.fp16_rules` say; inputs and outputs keep
     their types.
 
+    Averages that make keys are centred, see `precision.centring`.
     Weights are stored as FP16, a tensor is cast at most once each way, and casts of casts are merged. Calls of
     registered plugin ops (`ops`, by `domain::name`) that take FP16 get their function for it. `keep` are patterns of
     nodes that stay FP32, see `precision.nodes.selects`. `warn` hears which nodes stay FP32 for constants too large,
     and how many constants are too small for FP16 and become 0.
     """
     copy = inferred(model)
-    slots = half_nodes(copy, ops or {}, keep, warn)
+    slots = half_nodes(copy, ops or {}, keep, warn, centre(copy, ops or {}))
     _Converter(copy, slots).run(warn)
     _attach_functions(copy, slots, ops or {})
     _merge_casts(copy.graph)

@@ -10,11 +10,12 @@ behind an FP32 op is FP32 only where nothing but FP32 comes of it, so that a res
 - LayerNormalization and RMSNormalization have FP32 statistics by definition (`stash_type`), and take and give FP16.
 - A Softmax is FP32 where it gets FP32, or where its axis is so long that its probabilities would be subnormal.
 - A node with a finite constant beyond 65504 stays FP32. So do subgraphs, functions, and ops that take no FP16.
+- Averages that keys of an attention are made of are centred first, see `precision.centring`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -109,12 +110,18 @@ class Slots:
     outputs: frozenset[int]
 
 
-def half_nodes(model: ir.Model, ops: Mapping[str, OpSpec], keep: Sequence[str], warn: Warn) -> dict[ir.Node, Slots]:
-    """Return the nodes of the main graph of `model`, whose types are inferred, that are to compute in FP16."""
+def half_nodes(
+    model: ir.Model, ops: Mapping[str, OpSpec], keep: Sequence[str], warn: Warn, exact: Collection[ir.Node] = ()
+) -> dict[ir.Node, Slots]:
+    """Return the nodes of the main graph of `model`, whose types are inferred, that are to compute in FP16.
+
+    The nodes `exact`, and those that a pattern of `keep` selects, are not.
+    """
     classifier = _Classifier(model, ops, keep, warn)
     kinds = {node: kind for node in model.graph if (kind := classifier.kind(node)) is not None}
-    exact = _exact_nodes(model.graph, kinds)
-    return {node: slots for node, slots in classifier.slots.items() if node in kinds and node not in exact}
+    kinds |= dict.fromkeys(exact, "exact")
+    full = _exact_nodes(model.graph, kinds)
+    return {node: slots for node, slots in classifier.slots.items() if node in kinds and node not in full}
 
 
 class _Classifier:

@@ -15,7 +15,7 @@ from optframe.passes import PassContext
 from optframe.precision.calibration import channel_axis
 from optframe.precision.equalization import equalize
 from optframe.precision.fp16 import to_fp16
-from optframe.precision.nodes import Names, Warn, is_constant, is_standard, log_warning
+from optframe.precision.nodes import Keep, Names, Warn, is_constant, is_standard, log_warning
 from optframe.precision.placement import CONVOLUTIONS, Placement, Scope, place, weight_index
 from optframe.precision.ranges import Ranges, TensorRange
 from optframe.shapes import inferred
@@ -40,7 +40,7 @@ def quantize(
     ranges: Ranges,
     *,
     scope: Scope = "default",
-    keep: Sequence[str] = (),
+    keep: Keep = (),
     base: Literal["fp32", "fp16"] = "fp32",
     ops: Mapping[str, OpSpec] | None = None,
     warn: Warn = log_warning,

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from optframe.graph import ONNX_DOMAINS
-from optframe.passes import ORIGIN_KEY, SCOPE_KEY
+from optframe.passes import ORIGIN_KEY, module_path
 
 Warn: TypeAlias = Callable[[str], None]
 """Takes a sentence for the user: something was done in another way than asked for."""
@@ -57,14 +57,28 @@ def agree(first: ir.Shape | None, second: ir.Shape | None) -> bool:
     return all(a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in pairs)
 
 
+Keep: TypeAlias = Sequence[str] | Callable[[ir.Node], bool]
+"""Which nodes stay as they are: patterns for `selects`, or what tells it of a node."""
+
+
+def keeps(keep: Keep, node: ir.Node) -> bool:
+    """Return whether `node` stays as it is."""
+    return keep(node) if callable(keep) else selects(keep, node)
+
+
 def selects(patterns: Sequence[str], node: ir.Node) -> bool:
     """Return whether a pattern (shell style: `*`, `?`, `[]`) matches the node.
 
-    Compared are its name, its op type, the torch module it came from, and the exported nodes that it stands for.
+    Compared are its name, its op type, the torch modules it came from, and the exported nodes that it stands for.
     """
-    names = [node.name or "", node.op_type, node.metadata_props.get(SCOPE_KEY, "")]
+    names = [node_name(node), node.op_type, *module_path(node.metadata_props, node.name or "").split(",")]
     names += node.metadata_props.get(ORIGIN_KEY, "").split(",")
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names if name)
+
+
+def node_name(node: ir.Node) -> str:
+    """Return how a node is called: by its name, or by its first output's where it has none."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or ""
 
 
 class Names:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from optframe.errors import unknown_name
 from optframe.flops import count_flops
-from optframe.precision.nodes import LAYOUT_OPS, agree, is_constant, is_standard, selects
+from optframe.precision.nodes import LAYOUT_OPS, Keep, agree, is_constant, is_standard, keeps
 from optframe.shapes import static_shape
 
 Scope = Literal["default", "linear", "all"]
@@ -93,7 +93,7 @@ class Placement:
 def place(
     model: ir.Model,
     scope: Scope = "default",
-    keep: Sequence[str] = (),
+    keep: Keep = (),
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Placement:
     """Return where INT8 goes in the main graph of `model`, whose types are inferred; `keep` nodes stay as they are.
@@ -104,7 +104,7 @@ def place(
     if scope not in get_args(Scope):
         raise unknown_name("scope", scope, get_args(Scope))
     products = _products(model, scope, input_shapes)
-    products = [node for node in products if not selects(keep, node)]
+    products = [node for node in products if not keeps(keep, node)]
     reads = _Reads([Read(node, index) for node in products for index in activation_indices(node)])
     reads.add_shortcuts(model.graph, set(products))
     reads.add_passed_on(model.graph)

@@ -55,11 +55,13 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "warnings": verdict.all_warnings(report),
         "notes": list(report.notes),
         "provenance": dict(report.provenance),
+        "made_nodes": [asdict(node) for node in report.made],
         "illustrations": [{"title": shown.title, "caption": shown.caption} for shown in report.illustrations],
         "stages": [
             {"stage": s.stage, "label": s.label, "seconds": s.seconds, "cached": s.cached, "created": s.created}
             for s in report.stages
         ],
+        "int8_sensitivity": asdict(report.sensitivity) if report.sensitivity else None,
         "environment": dict(report.environment),
         "command": report.command,
         "created": report.created,
@@ -99,6 +101,7 @@ def _run(report: RunReport, run: EngineRun) -> dict[str, Any]:
     return {
         "label": report.label(run),
         "backend": run.backend,
+        "variant": run.variant,
         "precision": run.precision,
         "device": run.device,
         "pipeline": run.pipeline,
@@ -109,7 +112,10 @@ def _run(report: RunReport, run: EngineRun) -> dict[str, Any]:
         "int8_conv_flops_fraction": run.int8_conv_flops_fraction,
         "outputs": {name: asdict(error) for name, error in run.outputs.items()},
         "limits": asdict(run.limits),
-        "passed": run.passed,
+        "not_run": run.not_run or None,
+        "engine_bytes": run.engine_bytes,
+        "details": asdict(run.details) if run.details else None,
+        "passed": None if run.not_run else run.passed,
         "findings": [{**asdict(finding), "missed": finding.missed} for finding in run.findings],
     }
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optframe.report.figures import compact, with_unit
+from optframe.report.figures import compact, percent, with_unit
 from optframe.report.record import EngineRun, RunReport
+
+if TYPE_CHECKING:
+    from optframe.precision import Sensitivity
 
 Samples = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -172,3 +176,33 @@ def _bars(samples: Samples, axis: _Axis) -> tuple[tuple[float, float, float], ..
         for n, left, right in zip(counts, places[:-1], places[1:], strict=True)
         if n
     )
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """Error against the share of FLOPs in INT8: `points` (x, y, what it says) from right to left, `ticks` of either
+    axis, and where the error aimed for lies. All places are per cent of the plot, y from above."""
+
+    points: tuple[tuple[float, float, str], ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    target: float
+
+
+def curve_chart(found: Sensitivity | None) -> CurveChart | None:
+    """Return the chart of the variants that were run and whose errors are finite; None without any."""
+    drawn = [point for point in found.curve if math.isfinite(point.error)] if found else []
+    if found is None or not drawn:
+        return None
+    across = _Axis(0.0, 100.0, False)
+    up = _Axis(0.0, 1.08 * max(found.target, *(point.error for point in drawn)), False)
+    points = tuple(
+        (
+            100 * point.int8_flops,
+            100 - up.place(point.error),
+            f"{point.kept} layers kept: {percent(point.int8_flops)} of FLOPs in INT8, error {compact(point.error)}",
+        )
+        for point in drawn
+    )
+    flipped = tuple(Tick(100 - tick.x, tick.text) for tick in up.ticks())
+    return CurveChart(points, across.ticks(), flipped, 100 - up.place(found.target))

@@ -72,6 +72,11 @@ def flops(value: float) -> str:
     return with_unit(value, "FLOP")
 
 
+def megabytes(value: int) -> str:
+    """Return a number of bytes in megabytes (1e6)."""
+    return with_unit(value / 1e6, "MB", 3)
+
+
 def shape(sizes: Sequence[int]) -> str:
     """Return a shape as "1×3×800×1066"."""
     return "×".join(str(size) for size in sizes) or "scalar"

@@ -13,12 +13,20 @@ from optframe import files
 from optframe.accuracy import FIGURES, Figure, OutputError
 from optframe.report import figures, verdict
 from optframe.report.as_json import grouped_near_misses
-from optframe.report.charts import HISTOGRAM_FROM, latency_chart, op_bars
+from optframe.report.charts import HISTOGRAM_FROM, curve_chart, latency_chart, op_bars
 from optframe.report.record import EngineRun, RunReport
 from optframe.types import Illustration
 
 if TYPE_CHECKING:
     import jinja2
+
+
+SLOWEST_LAYERS = 20
+"""How many layers of an engine the page shows."""
+
+
+SENSITIVE_LAYERS = 20
+"""How many layers the page shows of those that INT8 hurts; the JSON has all."""
 
 
 def write_html(report: RunReport, path: Path) -> Path:
@@ -41,7 +49,11 @@ def render_html(report: RunReport) -> str:
         "fastest": _fastest(report),
         "ops": op_bars(report.op_histogram.exported, report.op_histogram.optimized),
         "latencies": latency_chart(report),
+        "curve": curve_chart(report.sensitivity),
+        "sensitive_layers": SENSITIVE_LAYERS,
+        "int8_proposal": verdict.proposal_text(report.sensitivity) if report.sensitivity else "",
         "histogram_from": HISTOGRAM_FROM,
+        "slowest_layers": SLOWEST_LAYERS,
         "accuracy": _accuracy_rows(report),
         "pipelines": list(dict.fromkeys(run.pipeline for run in report.runs)),
         "largest_step": max((abs(row.nodes_after - row.nodes_before) for row in report.passes), default=0),
@@ -79,6 +91,7 @@ def _template() -> jinja2.Template:
         figures.shape,
         figures.change,
         figures.with_unit,
+        figures.megabytes,
     )
     environment.filters.update({function.__name__: function for function in formats})
     environment.filters.update({"data_uri": _data_uri, "day": figures.day, "op_changes": _op_changes})

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from optframe.accuracy import Finding, Limits, OutputError, judge
+from optframe.details import EngineDetails
 from optframe.latency import Latency
 from optframe.passes import PASS_KEY, NearMiss
+from optframe.provenance import NodeOrigin
 from optframe.types import Illustration, Precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from optframe.precision import Sensitivity
     from optframe.stage_runner import StageResult
 
 T = TypeVar("T")
@@ -57,6 +60,8 @@ class EngineRun:
 
     The fractions are those of all FLOPs, and of the convolutions' alone, that run in INT8; None where it isn't INT8.
     `latency_cached` says that the latency is not of this run; when and where it was measured it says itself.
+    `variant` tells builds of one backend apart. `not_run` is why the engine was built and not run here: then there are
+    neither errors nor a latency, and nothing is proven of it.
     """
 
     backend: str
@@ -70,6 +75,15 @@ class EngineRun:
     device: str = "cpu"
     int8_flops_fraction: float | None = None
     int8_conv_flops_fraction: float | None = None
+    variant: str = ""
+    not_run: str = ""
+    engine_bytes: int | None = None
+    details: EngineDetails | None = None
+
+    @property
+    def place(self) -> str:
+        """What it runs on, in words: the backend, and the variant of its build."""
+        return f"{self.backend}, {self.variant}" if self.variant else self.backend
 
     @property
     def findings(self) -> list[Finding]:
@@ -92,7 +106,8 @@ class RunReport:
     """Everything a report shows. `reference` says in words what errors are measured against ("PyTorch FP32").
 
     `notes` are plain sentences about the run that are no warnings, `flops` count multiplications and additions of one
-    inference, `provenance` says how many nodes of the optimised model each pass made, `created` is UTC in ISO 8601.
+    inference, `provenance` says how many nodes of the optimised model each pass made, `made` which and from what;
+    `created` is UTC in ISO 8601.
     """
 
     model: str
@@ -108,9 +123,11 @@ class RunReport:
     notes: tuple[str, ...] = ()
     flops: Change[float] | None = None
     provenance: Mapping[str, int] = field(default_factory=dict)
+    made: tuple[NodeOrigin, ...] = ()
     stages: tuple[StageResult, ...] = ()
     illustrations: tuple[Illustration, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
 
     @property
     def passed(self) -> bool:
@@ -122,9 +139,11 @@ class RunReport:
         parts = [run.precision.upper()]
         if len({other.backend for other in self.runs}) > 1:
             parts.append(run.backend)
+        if len({other.variant for other in self.runs if other.backend == run.backend}) > 1:
+            parts.append(run.variant)
         if len({other.device for other in self.runs}) > 1:
             parts.append(run.device)
-        return " ".join(parts)
+        return " ".join(filter(None, parts))
 
 
 def count_provenance(model: ir.Model) -> dict[str, int]:

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from optframe.report.figures import change, count, number, percent
+from optframe.report.figures import change, count, flops, number, percent
 from optframe.report.record import EngineRun, RunReport
 
 
@@ -14,6 +14,8 @@ def summary_table(report: RunReport) -> Table:
     """Return one row a run: nodes, latency, throughput, its worst errors, share of FLOPs in INT8. Fits 80 columns."""
     nodes = report.nodes
     title = f"{count(nodes.exported)} → {count(nodes.optimized)} nodes ({change(nodes.exported, nodes.optimized)})"
+    if report.flops:
+        title += f", {flops(report.flops.exported)} → {flops(report.flops.optimized)}"
     table = Table(title=Text(f"{report.model}: {title}"), box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("run", min_width=17)
     for heading in ("nodes", "ms", "per s", "max abs", "err/resp", "int8"):
@@ -42,4 +44,6 @@ def _cells(run: EngineRun) -> list[str]:
 
 
 def _mark(run: EngineRun) -> Text:
+    if run.not_run:
+        return Text("built", style="yellow")
     return Text("ok", style="green") if run.passed else Text("missed", style="bold red")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from optframe.report.figures import compact, count, day, number, percent, times, with_unit
 from optframe.report.record import EngineRun, RunReport
+
+if TYPE_CHECKING:
+    from optframe.precision import Sensitivity
 
 WORTH_IT = 1.05
 """A speed-up below this is within what a busy machine does to a median, and no reason to accept INT8's error."""
@@ -51,7 +55,7 @@ def _baseline(report: RunReport, run: EngineRun) -> EngineRun | None:
 def _comparable(report: RunReport, run: EngineRun) -> Iterator[EngineRun]:
     """Yield the other runs timed on the same backend and machine in the same way."""
     for other in report.runs:
-        if other is not run and other.latency and run.latency and other.backend == run.backend:
+        if other is not run and other.latency and run.latency and other.place == run.place:
             same_place = other.device == run.device and other.latency.machine == run.latency.machine
             if same_place and other.latency.copies_included == run.latency.copies_included:
                 yield other
@@ -67,14 +71,30 @@ def gains(report: RunReport) -> list[str]:
     return [text for run in report.runs if (text := _gain(report, run)[1])]
 
 
+def proposal_text(found: Sensitivity) -> str:
+    """Return in words which layers have to stay out of INT8 for the error aimed for."""
+    aim = compact(found.target)
+    if not found.keep:
+        return f"All layers can be in INT8: the error over response is {number(found.curve[0].error, 2)}, within {aim}."
+    if found.proposal is None:
+        return f"INT8 is not worth it: with any layer in it the error over response is beyond {aim}."
+    kept = " ".join(f"--int8-keep '{pattern}'" for pattern in found.keep)
+    error, share = number(found.proposal.error, 2), percent(found.proposal.int8_flops)
+    layers = f"{len(found.keep)} layer{'s' if len(found.keep) > 1 else ''}"
+    return f"For an error over response of {error}, with {share} of all FLOPs in INT8, keep {layers}: {kept}"
+
+
 def _gain(report: RunReport, run: EngineRun) -> tuple[bool, str]:
     """Return whether `run` pays, and the sentence that says so; no sentence where there is nothing to compare."""
+    missed = [finding for finding in run.findings if finding.missed]
+    if missed and run.precision != "fp32":
+        return False, f"{run.precision.upper()} is not worth it on {run.place}: {missed[0]}."
     rivals = [other for other in _comparable(report, run) if _order(other) < _order(run)]
     if not rivals:
         return True, ""
     best = min(rivals, key=_median)
     ratio = _median(best) / _median(run)
-    where = f"on {run.backend} ({run.latency.machine})" if run.latency and run.latency.machine else f"on {run.backend}"
+    where = f"on {run.place} ({run.latency.machine})" if run.latency and run.latency.machine else f"on {run.place}"
     figures = f"{with_unit(_median(run), 'ms')} against {with_unit(_median(best), 'ms')}"
     name, rival = run.precision.upper(), best.precision.upper()
     if ratio >= WORTH_IT:
@@ -98,6 +118,8 @@ def all_warnings(report: RunReport) -> list[str]:
 
 def _run_warnings(report: RunReport, run: EngineRun) -> Iterator[str]:
     label = report.label(run)
+    if run.not_run:
+        yield f"{label}: built for {run.place}, not run here: {run.not_run}; its outputs and latency are unknown"
     for finding in run.findings:
         yield f"{label} at {finding}"
     for name, error in run.outputs.items():
@@ -111,6 +133,8 @@ def _run_warnings(report: RunReport, run: EngineRun) -> Iterator[str]:
         yield sentence
     if run.latency:
         yield from (f"{label}: {remark}" for remark in run.latency.remarks)
+    if run.details:
+        yield from (f"{label}: {remark}" for remark in run.details.warnings)
 
 
 def _coverage(label: str, what: str, fraction: float | None, aim: float) -> Iterator[str]:
@@ -131,5 +155,6 @@ def cached_latencies(report: RunReport) -> list[str]:
 def summary_lines(report: RunReport) -> list[str]:
     """Return the plain text that follows the table on a terminal: headline, what pays, notes, warnings."""
     pays = [text for run in report.runs for good, text in [_gain(report, run)] if good and text]
-    lines = [headline(report), *pays, *cached_latencies(report), *report.notes]
+    proposal = [proposal_text(report.sensitivity)] if report.sensitivity else []
+    lines = [headline(report), *pays, *cached_latencies(report), *proposal, *report.notes]
     return lines + [f"warning: {text}" for text in all_warnings(report)]
