@@ -1,0 +1,90 @@
+"""Plugin ops on the GPU: their CUDA source compiled by NVRTC through CuPy, launched on torch's stream."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optframe.backends.torch.dtypes import info
+from optframe.backends.torch.registry import Call, OpNode
+from optframe.errors import EnvironmentLacks, PluginError
+from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
+
+CUPY_COMMAND = "pip install cupy-cuda12x (or cupy-cuda13x, as the driver's CUDA is)"
+
+
+def plugin_calls(specs: Mapping[str, OpSpec]) -> dict[str, Callable[[OpNode], Call]]:
+    """Return how the ops that have a kernel are called, by `domain::name`.
+
+    Raises:
+        EnvironmentLacks: there are such ops and CuPy, which compiles them, is missing.
+    """
+    with_kernel = {name: spec for name, spec in specs.items() if spec.kernel is not None}
+    if with_kernel and importlib.util.find_spec("cupy") is None:
+        raise EnvironmentLacks(f"plugin kernels need CuPy: {CUPY_COMMAND}; or run with the option kernels=false")
+    return {name: _builder(spec) for name, spec in with_kernel.items()}
+
+
+def _builder(spec: OpSpec) -> Callable[[OpNode], Call]:
+    return lambda node: KernelCall(spec, node.attributes)
+
+
+class KernelCall:
+    """A plugin op as a call on CUDA tensors; a launch is chosen once for each set of shapes and dtypes."""
+
+    def __init__(self, spec: OpSpec, attributes: Mapping[str, Any]) -> None:
+        assert spec.kernel is not None
+        self._spec, self._kernel, self._attributes = spec, spec.kernel, attributes
+        self._launches: dict[tuple[TensorInfo | None, ...], tuple[KernelLaunch, tuple[TensorInfo, ...]]] = {}
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the outputs, on the inputs' device.
+
+        Raises:
+            InputError: shapes or dtypes are not those that the kernel takes.
+        """
+        tensors = [None if tensor is None else tensor.contiguous() for tensor in inputs]
+        key = tuple(None if tensor is None else info(tensor) for tensor in tensors)
+        if key not in self._launches:
+            outputs = self._spec.infer(key, self._attributes)
+            self._launches[key] = self._kernel.launch_rule()(key, outputs, self._attributes), outputs
+        launch, infos = self._launches[key]
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        results = tuple(torch.empty(i.shape, dtype=getattr(torch, i.dtype), device=device) for i in infos)
+        _launch(self._kernel, launch, [tensor for tensor in tensors if tensor is not None], results)
+        return results
+
+
+def _launch(kernel: KernelSpec, launch: KernelLaunch, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
+    if 0 in launch.grid:
+        return
+    import cupy
+    import numpy as np
+
+    device = inputs[0].device.index or 0
+    arguments = (
+        *(np.uint64(tensor.data_ptr()) for tensor in inputs),
+        *(np.int32(extra) for extra in launch.extras),
+        *(np.uint64(tensor.data_ptr()) for tensor in outputs),
+    )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+        function = _compiled(kernel, launch.entry, launch.defines, device)
+        function(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
+
+
+@cache
+def _compiled(kernel: KernelSpec, entry: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+    """Return CuPy's function of the kernel, compiled for the device at hand."""
+    import cupy
+
+    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
+    try:
+        return cupy.RawModule(code=kernel.read_source(), options=options, backend="nvrtc").get_function(entry)
+    except cupy.cuda.compiler.CompileException as error:
+        raise PluginError(f"{kernel.source} does not compile: {(str(error).splitlines() or [''])[0]}") from error

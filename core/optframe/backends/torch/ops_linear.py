@@ -1,0 +1,147 @@
+"""Matrix products and convolutions, in floating point and in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from optframe.backends.torch.registry import Call, OpNode, enter_calls, op
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """torch has no integer products beyond int64's on a GPU; float64 holds those of 32 bits exactly."""
+    exact = a if a.is_floating_point() else a.double()
+    product: Tensor = torch.matmul(exact, b.to(exact.dtype))
+    return product.to(a.dtype)
+
+
+enter_calls({"MatMul": _matmul})
+
+
+@op("Gemm")
+def _gemm(node: OpNode) -> Call:
+    alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
+    turn_a, turn_b = node.get("transA", 0), node.get("transB", 0)
+
+    def gemm(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        a, b = a.t() if turn_a else a, b.t() if turn_b else b
+        if not a.is_floating_point():
+            product: Tensor = alpha * (a.double() @ b.double())
+            total: Tensor = product if c is None else product + beta * c
+            return total.to(a.dtype)
+        if c is None:
+            return torch.mm(a, b) if alpha == 1 else alpha * torch.mm(a, b)
+        return torch.addmm(c, a, b, alpha=alpha, beta=beta)
+
+    return gemm
+
+
+@op("Einsum")
+def _einsum(node: OpNode) -> Call:
+    equation = node.get("equation").replace(" ", "")
+    return lambda *operands: torch.einsum(equation, *operands)
+
+
+@op("MatMulInteger")
+def _matmul_integer(node: OpNode) -> Call:
+    def matmul(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
+        """A zero point is one number, or one a row of a, one a column of b."""
+        left, right = a.double(), b.double()
+        if a_zero is not None:
+            left = left - (a_zero.double().unsqueeze(-1) if a_zero.ndim else a_zero.double())
+        if b_zero is not None:
+            right = right - (b_zero.double().unsqueeze(-2) if b_zero.ndim else b_zero.double())
+        return torch.matmul(left, right).to(torch.int32)
+
+    return matmul
+
+
+def resolve_pads(node: OpNode, sizes: Sequence[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
+    """Return what `auto_pad` or `pads` put before and after each spatial axis."""
+    rank = len(kernel)
+    auto = node.get("auto_pad", "NOTSET")
+    if auto == "VALID":
+        return [(0, 0)] * rank
+    if auto == "NOTSET":
+        pads = node.get("pads") or [0] * (2 * rank)
+        return [(pads[i], pads[rank + i]) for i in range(rank)]
+    strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
+    around = []
+    for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+        small, large = total // 2, total - total // 2
+        around.append((small, large) if auto == "SAME_UPPER" else (large, small))
+    return around
+
+
+def pad_spatial(x: Tensor, around: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
+    """Return x with its last axes padded."""
+    return F.pad(x, [amount for pair in reversed(around) for amount in pair], value=value)
+
+
+@op("Conv")
+def _conv(node: OpNode) -> Call:
+    group = node.get("group", 1)
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rank = weight.ndim - 2
+        around = resolve_pads(node, x.shape[2:], weight.shape[2:])
+        if any(before != after for before, after in around):
+            x, around = pad_spatial(x, around), [(0, 0)] * rank
+        strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
+        padding = [before for before, _ in around]
+        return torch.convolution(x, weight, bias, strides, padding, dilations, False, [0] * rank, group)
+
+    return conv
+
+
+@op("ConvInteger")
+def _conv_integer(node: OpNode) -> Call:
+    conv = _conv(node)
+
+    def conv_integer(x: Tensor, weight: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None) -> Tensor:
+        """float64 holds the sums of 8 bit products exactly; padding means the zero point, which is 0 after it."""
+        data, kernel = x.double(), weight.double()
+        if x_zero is not None:
+            data = data - x_zero.double()
+        if w_zero is not None:
+            kernel = kernel - w_zero.double().reshape([-1] + [1] * (kernel.ndim - 1))
+        result: Tensor = conv(data, kernel)
+        return result.to(torch.int32)
+
+    return conv_integer
+
+
+@op("ConvTranspose")
+def _conv_transpose(node: OpNode) -> Call:
+    def conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rank = weight.ndim - 2
+        strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
+        extra = list(node.get("output_padding") or [0] * rank)
+        around = _transposed_pads(node, x, weight, strides, dilations, extra)
+        full = torch.convolution(x, weight, bias, strides, [0] * rank, dilations, True, extra, node.get("group", 1))
+        return pad_spatial(full, [(-before, -after) for before, after in around]) if any(map(any, around)) else full
+
+    return conv_transpose
+
+
+def _transposed_pads(
+    node: OpNode, x: Tensor, weight: Tensor, strides: Sequence[int], dilations: Sequence[int], extra: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return what is cut off each end: `pads`, or what makes the output as large as asked."""
+    rank = weight.ndim - 2
+    wanted, auto = node.get("output_shape"), node.get("auto_pad", "NOTSET")
+    if wanted is None and auto in ("NOTSET", "VALID"):
+        return resolve_pads(node, x.shape[2:], weight.shape[2:])
+    if wanted is None:
+        wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+    around = []
+    for i in range(rank):
+        full = (x.shape[2 + i] - 1) * strides[i] + extra[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1
+        total = full - wanted[-rank:][i]
+        small, large = total // 2, total - total // 2
+        around.append((small, large) if auto == "SAME_UPPER" else (large, small))
+    return around

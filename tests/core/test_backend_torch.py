@@ -1,0 +1,239 @@
+"""The torch backend: whole models, control flow, several sizes, fusions, and errors before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import parser
+
+from optframe.backend import BuildOptions, Engine
+from optframe.backends.onnxruntime import OnnxRuntimeBackend
+from optframe.backends.torch import fuse, measure
+from optframe.backends.torch.backend import TorchBackend, TorchSettings, open_model
+from optframe.backends.torch.runner import TorchRunner
+from optframe.errors import EnvironmentLacks, InputError
+
+Array = np.ndarray[Any, Any]
+
+HEADER = '<ir_version: 10, opset_import: ["" : 18]>\n'
+
+
+def model(text: str) -> onnx.ModelProto:
+    return parser.parse_model(HEADER + text)
+
+
+def opened(proto: onnx.ModelProto) -> TorchRunner:
+    return open_model(ir.from_proto(proto), "cpu", TorchSettings(), "model")
+
+
+def expected(proto: onnx.ModelProto, feeds: dict[str, Array], folder: Path) -> dict[str, Array]:
+    path = folder / "reference.onnx"
+    onnx.save(proto, path)
+    with OnnxRuntimeBackend().open(Engine(path, "onnxruntime", "fp32", "cpu")) as runner:
+        return dict(runner.run(feeds))
+
+
+def assert_same(proto: onnx.ModelProto, feeds: dict[str, Array], folder: Path) -> TorchRunner:
+    runner, wanted = opened(proto), expected(proto, feeds, folder)
+    for _ in range(2):  # the run that makes the program, and the program
+        actual = runner.run(feeds)
+        for name, array in wanted.items():
+            assert actual[name].dtype == array.dtype
+            # float32 sums of a few dozen terms in another order
+            np.testing.assert_allclose(actual[name], array, rtol=1e-5, atol=1e-5)
+    return runner
+
+
+def floats(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+SHAPES = """graph (float[batch, n] x) => (float[batch, m] y) {
+    shape = Shape (x)
+    one = Constant <value_ints: ints = [1]> ()
+    zero = Constant <value_ints: ints = [0]> ()
+    batch = Gather (shape, zero)
+    rest = Constant <value_ints: ints = [-1]> ()
+    wanted = Concat <axis: int = 0> (batch, one, rest)
+    turned = Reshape (x, wanted)
+    y3 = Relu (turned)
+    y = Reshape (y3, shape)
+}"""
+
+
+def test_shape_arithmetic_is_done_once_for_each_size(tmp_path: Path) -> None:
+    runner = assert_same(model(SHAPES), {"x": floats(2, 6)}, tmp_path)
+    runner.run({"x": floats(3, 4)})
+    programs = [executable.program for executable in runner.function._programs.values()]
+    assert [[step.op for step in program.steps] for program in programs] == [["Reshape", "Relu", "Reshape"]] * 2
+    assert all(program.fixed for program in programs)
+
+
+BRANCHES = """graph (bool c, float[4] x) => (float[4] y) {
+    y = If (c) <
+        then_branch = yes () => (a) { a = Add (x, x) },
+        else_branch = no () => (b) { two = Constant <value_float: float = 3.0> () b = Mul (x, two) }
+    >
+}"""
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_a_branch_that_depends_on_values_is_chosen_in_each_run(condition: bool, tmp_path: Path) -> None:
+    runner = assert_same(model(BRANCHES), {"c": np.array(condition), "x": floats(4)}, tmp_path)
+    other = runner.run({"c": np.array(not condition), "x": floats(4)})["y"]
+    np.testing.assert_allclose(other, floats(4) * (3.0 if condition else 2.0), rtol=1e-6)  # one rounding each
+    assert not any(executable.program.fixed for executable in runner.function._programs.values())
+
+
+LOOP = """graph (int64 n, float[2] x) => (float[2] last, float[k, 2] all) {
+    going = Constant <value = bool {1}> ()
+    last, all = Loop (n, going, x) <
+        body = step (int64 i, bool c, float[2] s) => (d, t, u) {
+            d = Identity (c)
+            t = Add (s, x)
+            u = Mul (t, t)
+        }
+    >
+}"""
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_loop_runs_as_often_as_asked(count: int, tmp_path: Path) -> None:
+    assert_same(model(LOOP), {"n": np.array(count), "x": floats(2)}, tmp_path)
+
+
+DATA_SHAPED = """graph (float[6] x) => (int64[k] places, int64[1] count) {
+    found = NonZero (x)
+    count_all = Shape (found)
+    one = Constant <value_ints: ints = [1]> ()
+    count = Gather (count_all, one)
+    flat = Constant <value_ints: ints = [-1]> ()
+    places = Reshape (found, flat)
+}"""
+
+
+def test_a_shape_that_depends_on_values_is_read_in_each_run(tmp_path: Path) -> None:
+    runner = assert_same(model(DATA_SHAPED), {"x": np.array([1, 0, 2, 0, 0, 3], np.float32)}, tmp_path)
+    again = runner.run({"x": np.array([0, 0, 2, 0, 0, 0], np.float32)})
+    assert again["count"].tolist() == [1]
+    assert again["places"].tolist() == [2]
+
+
+ATTENTION = """graph (float[1, 5, 8] x) => (float[1, 5, 8] y) <
+    float[8, 8] w, float[8] b, float[8, 8] v, float[1] factor, int64[4] split = {1, 5, 2, 4}, int64[3] merge = {1, 5, 8}
+> {
+    q_flat = MatMul (x, w)
+    q_biased = Add (b, q_flat)
+    q_scaled = Mul (q_biased, factor)
+    k_flat = MatMul (x, v)
+    q_heads = Reshape (q_scaled, split)
+    k_heads = Reshape (k_flat, split)
+    q = Transpose <perm: ints = [0, 2, 1, 3]> (q_heads)
+    k = Transpose <perm: ints = [0, 2, 3, 1]> (k_heads)
+    values = Transpose <perm: ints = [0, 2, 1, 3]> (k_heads)
+    scores = MatMul (q, k)
+    weights = Softmax <axis: int = -1> (scores)
+    mixed = MatMul (weights, values)
+    turned = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
+    merged = Reshape (turned, merge)
+    y = Relu (merged)
+}"""
+
+RESIDUAL = """graph (float[1, 4, 6, 5] x) => (float[1, 4, 6, 5] y) <
+    float[4, 4, 3, 3] w, float[4] b, float[4, 4, 1, 1] v, float[4] c
+> {
+    left = Conv <pads: ints = [1, 1, 1, 1]> (x, w, b)
+    right = Conv (x, v, c)
+    both = Add (left, right)
+    y = Relu (both)
+}"""
+
+
+def with_weights(text: str, dtype: type[np.floating[Any]] = np.float32) -> onnx.ModelProto:
+    """Return the model with random values for the initialisers that the text leaves open, all floats of `dtype`."""
+    proto = parser.parse_model(HEADER + (text if dtype == np.float32 else text.replace("float[", "float16[")))
+    for i, value in enumerate(proto.graph.value_info):
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        array = floats(*shape, seed=i + 1).astype(dtype)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+    del proto.graph.value_info[:]
+    return proto
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take each call's fallback, since there is no GPU to measure on."""
+    monkeypatch.setattr(measure, "fastest", lambda candidates, fallback: fallback)
+    monkeypatch.setattr(measure, "random_like", lambda *arguments, **options: None)
+    monkeypatch.setattr(fuse, "fuse_chains", lambda program: None)
+
+
+def fused(proto: onnx.ModelProto, feeds: dict[str, Array]) -> tuple[Array, Array, Counter[str]]:
+    """Return the output without and with the rewrites for a GPU, and the ops that are left then."""
+    plain, runner = opened(proto).run(feeds)["y"], opened(proto)
+    runner.function.optimize = fuse.optimize
+    runner.run(feeds)
+    result = runner.run(feeds)["y"]
+    steps = next(iter(runner.function._programs.values())).program.steps
+    return plain, result, Counter(step.op for step in steps)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_residual_convolutions_become_one_call_with_both_biases() -> None:
+    plain, result, ops = fused(with_weights(RESIDUAL), {"x": floats(1, 4, 6, 5)})
+    np.testing.assert_allclose(result, plain, rtol=1e-5, atol=1e-5)  # the biases are added in another order
+    assert ops == {"FusedConv": 2}
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_attention_in_fp16_takes_its_scale_along() -> None:
+    plain, result, ops = fused(with_weights(ATTENTION, np.float16), {"x": floats(1, 5, 8).astype(np.float16)})
+    # scores of 8 terms of size 10 in FP16 (2^-11) move softmax weights by some parts in a thousand
+    np.testing.assert_allclose(result.astype(float), plain.astype(float), rtol=2e-2, atol=2e-2)
+    assert ops["Attention"] == 1
+    assert ops["Softmax"] == ops["Mul"] == ops["MatMul"] == 0
+
+
+def test_inputs_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    runner = opened(model(SHAPES))
+    for feeds, words in (
+        ({"x": floats(2, 6).astype(np.float64)}, "'x' is float64, the model takes float32"),
+        ({"x": floats(6)}, r"shape \[6\], the model takes \[batch, n\]"),
+        ({"z": floats(2, 6)}, "unknown input 'z'"),
+        ({}, "needs input 'x'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            runner.run(feeds)
+
+
+def test_unknown_ops_are_all_named_before_anything_runs() -> None:
+    text = "graph (float[2] x) => (float[2] y) { a = Bernoulli (x) y = RandomNormalLike (a) }"
+    with pytest.raises(InputError, match=r"Bernoulli .*RandomNormalLike"):
+        opened(model(text))
+
+
+def test_options_and_devices_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="graphs=x"):
+        TorchSettings.parse({"graphs": "x"})
+    with pytest.raises(InputError, match="did you mean 'kernels'"):
+        TorchBackend().check(BuildOptions(options={"kernel": "true"}))
+    if not torch.cuda.is_available():
+        with pytest.raises(EnvironmentLacks, match="no CUDA GPU"):
+            TorchBackend().check(BuildOptions(device="cuda"))
+
+
+def test_build_and_open(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(model(SHAPES), path)
+    engine = TorchBackend().build(path, tmp_path / "engine", BuildOptions(device="cpu", options={"fuse": "false"}))
+    with TorchBackend().open(engine) as runner:
+        assert runner.run({"x": -floats(2, 6)})["y"].shape == (2, 6)
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.run({"x": floats(2, 6)})

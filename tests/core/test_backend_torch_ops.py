@@ -1,0 +1,315 @@
+"""Every translated op against onnxruntime, or ONNX's reference evaluator where onnxruntime has no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from optframe.backends.torch import source
+from optframe.backends.torch.backend import TorchSettings, open_model
+from optframe.backends.torch.registry import TRANSLATIONS
+from optframe.errors import InputError
+
+Array = np.ndarray[Any, Any]
+assert source.FAMILIES, "the translations are entered when these modules are imported"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A node on random inputs: shapes (float32), arrays as they are, None for one left out."""
+
+    op: str
+    inputs: Sequence[tuple[int, ...] | Array | None] = ((2, 3, 4),)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    opset: int = 20
+    outputs: int = 1
+    positive: bool = False
+    constant: tuple[int, ...] = ()
+    """Inputs that are initialisers."""
+    note: str = ""
+
+
+def ints(*values: int, dtype: str = "int64") -> Array:
+    return np.array(values, dtype)
+
+
+def scalar(value: float, dtype: str = "int64") -> Array:
+    return np.array(value, dtype)
+
+
+POINTWISE = "Abs Neg Exp Floor Ceil Round Sign Sin Cos Tan Atan Sinh Cosh Asinh Erf IsNaN Sigmoid Tanh Relu"
+POINTWISE += (
+    " Softsign HardSwish Softplus Identity LeakyRelu Elu Selu Celu HardSigmoid ThresholdedRelu Gelu Mish Shrink"
+)
+BINARY = "Add Sub Mul Div Less LessOrEqual Greater GreaterOrEqual Equal Min Max Sum Mean PRelu"
+HALF = np.linspace(-0.9, 0.9, 24, dtype=np.float32).reshape(2, 3, 4)
+BOOLS = (np.array([[True, False], [True, True]]), np.array([[True, True], [False, True]]))
+BITS = (ints(6, 5, 255, dtype="uint8"), ints(3, 1, 2, dtype="uint8"))
+RECURRENT = [(5, 2, 3), (1, 16, 3), (1, 16, 4), (1, 32), None, (1, 2, 4), (1, 2, 4)]
+
+CASES = [
+    *(Case(op) for op in POINTWISE.split()),
+    *(Case(op, positive=True) for op in ("Log", "Sqrt", "Reciprocal")),
+    *(Case(op, [HALF]) for op in ("Asin", "Acos", "Atanh")),
+    Case("Acosh", [HALF + 2]),
+    *(Case(op, [(2, 3, 4), (3, 1)]) for op in BINARY.split()),
+    *(Case(op, BOOLS) for op in ("And", "Or", "Xor")),
+    Case("Not", BOOLS[:1]),
+    *(Case(op, BITS) for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")),
+    Case("BitwiseNot", BITS[:1]),
+    *(Case("BitShift", BITS, {"direction": direction}) for direction in ("LEFT", "RIGHT")),
+    Case("Swish", opset=24),
+    Case("Gelu", attributes={"approximate": "tanh"}, note="tanh"),
+    Case("Pow", [(2, 3), scalar(2)], positive=True),
+    Case("Div", [ints(-7, 7, 9), ints(2, -2, 3)], note="integers"),
+    Case("Mod", [ints(-7, 7, 9), ints(2, -2, 3)]),
+    Case("Mod", [(2, 3), (2, 3)], {"fmod": 1}, note="fmod"),
+    Case("Clip", [(2, 3), scalar(-0.5, "float32"), scalar(0.5, "float32")]),
+    Case("Clip", [(2, 3)], {"min": -0.5, "max": 0.25}, opset=6, note="attributes"),
+    Case("Where", [BOOLS[0], (2, 2), (2, 2)]),
+    Case("Cast", [(2, 3)], {"to": TensorProto.INT32}),
+    Case("Cast", [(2, 3)], {"to": TensorProto.FLOAT16}, note="half"),
+    Case("CastLike", [(2, 3), ints(1)]),
+    Case("IsInf", [np.array([np.inf, -np.inf, 1, np.nan], np.float32)], {"detect_negative": 0}),
+    Case("Dropout", outputs=2),
+    *(
+        Case(
+            f"Reduce{name}", [(2, 3, 4), ints(0, -1)], {"keepdims": keep}, positive=True, constant=(1,), note=str(keep)
+        )
+        for name in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
+        for keep in (0, 1)
+    ),
+    Case("ReduceMean", [(2, 3, 4)], {"axes": [1]}, opset=13, note="attribute"),
+    Case("ReduceSum", [(2, 3, 4)], {"noop_with_empty_axes": 1}, note="noop"),
+    *(
+        Case(op, attributes={"axis": 1}, note=str(opset), opset=opset)
+        for op in ("ArgMax", "ArgMin")
+        for opset in (11, 20)
+    ),
+    Case("ArgMax", [ints(3, 1, 3)], {"select_last_index": 1, "keepdims": 0}, note="last"),
+    *(
+        Case(op, attributes={"axis": 1}, opset=o, note=str(o))
+        for op in ("Softmax", "LogSoftmax", "Hardmax")
+        for o in (11, 13)
+    ),
+    Case("CumSum", [(2, 5), scalar(1)], constant=(1,)),
+    Case("CumSum", [(2, 5), scalar(0)], {"exclusive": 1, "reverse": 1}, constant=(1,), note="exclusive, reverse"),
+    Case("TopK", [(3, 6), ints(2)], {"axis": 1}, outputs=2, constant=(1,)),
+    Case("TopK", [ints(3, 1, 3, 1, 2), ints(4)], {"largest": 0, "axis": 0}, outputs=2, note="ties"),
+    Case("Shape", attributes={"start": 1}),
+    Case("Size"),
+    Case("Constant", [], {"value_floats": [1.0, 2.5]}),
+    Case("ConstantOfShape", [ints(2, 3)], {"value": numpy_helper.from_array(np.array([7], np.int32))}),
+    Case("Range", [scalar(1), scalar(9), scalar(3)]),
+    Case("EyeLike", [(3, 5)], {"k": 1}),
+    Case("Reshape", [(2, 3, 4), ints(0, -1)]),
+    Case("Reshape", [(2, 3, 4), ints(4, 6)], constant=(1,), note="constant"),
+    Case("Flatten", attributes={"axis": 2}),
+    Case("Flatten", attributes={"axis": 0}, note="0"),
+    Case("Transpose", attributes={"perm": [2, 0, 1]}),
+    Case("Transpose", note="reversed"),
+    Case("Squeeze", [(2, 1, 3, 1), ints(1)], constant=(1,)),
+    Case("Squeeze", [(2, 1, 3, 1)], note="all"),
+    Case("Unsqueeze", [(2, 3), ints(0, -1)], constant=(1,)),
+    Case("Unsqueeze", [(2, 3)], {"axes": [1]}, opset=11, note="attribute"),
+    Case("Expand", [(3, 1), ints(2, 1, 4)]),
+    Case("Tile", [(2, 3), ints(2, 1)]),
+    Case("Concat", [(2, 3), (2, 1)], {"axis": 1}),
+    Case("Split", [(6, 2), ints(1, 5)], {"axis": 0}, outputs=2, constant=(1,)),
+    Case("Split", [(7, 2)], {"axis": 0, "num_outputs": 3}, outputs=3, note="uneven"),
+    Case("Slice", [(6, 5), ints(1, -1), ints(9, -6), ints(0, 1), ints(2, -2)], constant=(1, 2, 3, 4)),
+    Case("Slice", [(6, 5), ints(1), ints(3)], note="computed"),
+    Case("Slice", [(6, 5)], {"starts": [1], "ends": [-1], "axes": [1]}, opset=9, note="attributes"),
+    *(Case("Pad", [(1, 2, 4), ints(0, 1, 2, 0, 0, 1)], {"mode": mode}, note=mode) for mode in ("constant", "edge")),
+    Case("Pad", [(1, 2, 4), ints(0, 0, 2, 0, 0, 3)], {"mode": "reflect"}, note="reflect"),
+    Case("Pad", [(1, 2, 4), ints(0, 0, 2, 0, 0, 3)], {"mode": "wrap"}, note="wrap"),
+    Case("Pad", [(4, 2), ints(-1, 0, 2, 0), scalar(1.5, "float32")], note="negative"),
+    Case("Gather", [(4, 3), np.array([[0, -1], [2, 1]])], {"axis": 0}),
+    Case("GatherElements", [(3, 3), np.array([[1, -2, 0], [2, 0, 0]])], {"axis": 0}),
+    Case("GatherND", [(2, 3, 4), np.array([[[1]], [[-1]]])], {"batch_dims": 1}),
+    Case("ScatterElements", [(3, 3), np.array([[1, 0, 2]]), (1, 3)], {"axis": 0}),
+    Case("ScatterElements", [(1, 5), np.array([[1, 1]]), (1, 2)], {"axis": 1, "reduction": "add"}, note="add"),
+    Case("Scatter", [(3, 3), np.array([[1, 0, 2]]), (1, 3)], {"axis": 0}, opset=9),
+    Case("ScatterND", [(4, 3), np.array([[1], [-1]]), (2, 3)]),
+    Case("ScatterND", [(4, 3), np.array([[1], [1]]), (2, 3)], {"reduction": "max"}, note="max"),
+    Case("OneHot", [ints(0, 2, -1), scalar(3), np.array([0, 1], np.float32)], {"axis": 0}, constant=(1,)),
+    Case("Trilu", [(4, 5), scalar(1)], {"upper": 0}, constant=(1,)),
+    *(Case("DepthToSpace", [(1, 8, 2, 3)], {"blocksize": 2, "mode": mode}, note=mode) for mode in ("DCR", "CRD")),
+    Case("SpaceToDepth", [(1, 2, 4, 6)], {"blocksize": 2}),
+    Case("ReverseSequence", [(5, 3), ints(2, 5, 1)], {"time_axis": 0, "batch_axis": 1}),
+    Case("NonZero", [np.array([[1, 0], [0, 2]], np.float32)]),
+    Case("Compress", [(3, 2), np.array([True, False, True])], {"axis": 0}),
+    Case("MatMul", [(2, 3, 4), (4, 5)]),
+    Case("MatMul", [ints(1, 2, 3, dtype="int32"), np.arange(6, dtype=np.int32).reshape(3, 2)], note="integers"),
+    Case("Gemm", [(3, 4), (3, 5), (5,)], {"transA": 1, "alpha": 0.5, "beta": 2.0}),
+    Case("Gemm", [(3, 4), (5, 4)], {"transB": 1}, note="no bias"),
+    Case("Einsum", [(2, 3), (3, 4)], {"equation": "ij, jk -> ik"}),
+    Case("Conv", [(1, 4, 9, 8), (6, 2, 3, 3), (6,)], {"group": 2, "pads": [1, 0, 2, 1], "strides": [2, 1]}),
+    Case("Conv", [(1, 2, 12), (3, 2, 3)], {"dilations": [2], "auto_pad": "SAME_UPPER"}, note="1d, same"),
+    Case("Conv", [(1, 1, 4, 5, 6), (2, 1, 2, 2, 2)], note="3d"),
+    Case(
+        "ConvTranspose",
+        [(1, 2, 4, 5), (2, 3, 3, 3), (3,)],
+        {"strides": [2, 1], "pads": [1, 0, 1, 1], "output_padding": [1, 0]},
+    ),
+    Case("ConvTranspose", [(1, 2, 4, 4), (2, 3, 3, 3)], {"strides": [2, 2], "auto_pad": "SAME_UPPER"}, note="same"),
+    Case("MaxPool", [(1, 2, 7, 8)], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}),
+    Case("MaxPool", [(1, 2, 7, 8)], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, note="ceil"),
+    Case("AveragePool", [(1, 2, 7, 8)], {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1]}),
+    Case(
+        "AveragePool",
+        [(1, 2, 7, 8)],
+        {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "count_include_pad": 1},
+        note="pad",
+    ),
+    Case("LpPool", [(1, 2, 6, 6)], {"kernel_shape": [2, 2]}),
+    *(Case(op, [(2, 3, 4, 5)]) for op in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")),
+    Case("BatchNormalization", [(2, 3, 4), (3,), (3,), (3,), np.array([1, 2, 3], np.float32)]),
+    Case("InstanceNormalization", [(2, 3, 4, 5), (3,), (3,)]),
+    Case("GroupNormalization", [(2, 4, 3, 3), (4,), (4,)], {"num_groups": 2}, opset=21),
+    Case("LayerNormalization", [(2, 3, 4), (4,), (4,)]),
+    Case("LayerNormalization", [(2, 3, 4), (1, 4)], {"axis": 1}, note="broadcast scale"),
+    Case("RMSNormalization", [(2, 3, 4), (4,)], opset=23),
+    Case("LpNormalization", [(2, 3)], {"axis": 1, "p": 2}),
+    Case("MeanVarianceNormalization", [(2, 3, 4, 5)]),
+    Case("LRN", [(1, 6, 3, 3)], {"size": 3}),
+    Case("GridSample", [(1, 2, 5, 6), (1, 3, 4, 2)], {"mode": "linear"}),
+    *(
+        Case(
+            "Resize",
+            [(1, 2, 5, 6), None, np.array([1, 1, 1.6, 0.5], np.float32)],
+            {"mode": mode, "coordinate_transformation_mode": how},
+            note=f"{mode}, {how}",
+            constant=(2,),
+        )
+        for mode in ("nearest", "linear", "cubic")
+        for how in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+    ),
+    Case("Resize", [(1, 2, 5, 6), None, None, ints(1, 2, 8, 9)], {"mode": "linear"}, note="sizes"),
+    Case("Resize", [(1, 2, 4, 4), np.array([1, 1, 2, 2], np.float32)], {"mode": "nearest"}, opset=10, note="opset 10"),
+    Case("Upsample", [(1, 2, 4, 4), np.array([1, 1, 2, 2], np.float32)], {"mode": "nearest"}, opset=9),
+    Case("QuantizeLinear", [(2, 3), scalar(0.05, "float32"), scalar(7, "int8")]),
+    Case("QuantizeLinear", [(2, 3), np.array([0.1, 0.02, 0.05], np.float32)], {"axis": 1}, note="channels"),
+    Case("DequantizeLinear", [ints(1, -5, 7, dtype="int8"), scalar(0.5, "float32"), scalar(2, "int8")]),
+    Case("DynamicQuantizeLinear", outputs=3),
+    Case(
+        "MatMulInteger",
+        [np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(12, dtype=np.int8).reshape(3, 4), scalar(3, "uint8")],
+    ),
+    Case(
+        "ConvInteger",
+        [
+            np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4),
+            np.arange(4, dtype=np.uint8).reshape(1, 1, 2, 2),
+            scalar(5, "uint8"),
+        ],
+        {"pads": [1, 1, 1, 1]},
+    ),
+    Case("LSTM", RECURRENT, {"hidden_size": 4}, outputs=3),
+    Case("LSTM", RECURRENT[:4], {"hidden_size": 4, "direction": "reverse"}, outputs=3, note="reverse"),
+    Case(
+        "LSTM",
+        [(5, 2, 3), (2, 16, 3), (2, 16, 4), (2, 32)],
+        {"hidden_size": 4, "direction": "bidirectional"},
+        outputs=3,
+        note="both",
+    ),
+    *(
+        Case(
+            "GRU",
+            [(5, 2, 3), (2, 12, 3), (2, 12, 4), (2, 24)],
+            {"hidden_size": 4, "direction": "bidirectional", "linear_before_reset": first},
+            outputs=2,
+            note=str(first),
+        )
+        for first in (0, 1)
+    ),
+    Case("RNN", [(5, 2, 3), (1, 4, 3), (1, 4, 4), (1, 8)], {"hidden_size": 4}, outputs=2),
+]
+
+
+def test_every_translation_has_a_case() -> None:
+    assert set(TRANSLATIONS) - {case.op for case in CASES} == set()
+
+
+def build(case: Case, seed: int) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Array] = {}
+    for i, given in enumerate(case.inputs):
+        if isinstance(given, tuple):
+            drawn = rng.standard_normal(given).astype(np.float32)
+            arrays[f"x{i}"] = np.abs(drawn) + np.float32(0.5) if case.positive else drawn
+        elif given is not None:
+            arrays[f"x{i}"] = given
+    names = [f"x{i}" if given is not None else "" for i, given in enumerate(case.inputs)]
+    outputs = [f"y{i}" for i in range(case.outputs)]
+    node = helper.make_node(case.op, names, outputs, name="node", **case.attributes)
+    constants = {f"x{i}" for i in case.constant}
+    graph = helper.make_graph(
+        [node],
+        "case",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in arrays.items()
+            if n not in constants
+        ],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [numpy_helper.from_array(arrays[name], name) for name in constants],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10)
+    return model, {name: array for name, array in arrays.items() if name not in constants}
+
+
+def reference(model: onnx.ModelProto, feeds: dict[str, Array]) -> list[Any]:
+    """onnxruntime's outputs, or those of ONNX's own evaluator for a form that onnxruntime has no kernel for."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        outputs: list[Any] = session.run(None, feeds)
+    except Exception:  # it says NotImplemented, Fail or InvalidGraph
+        from onnx.reference import ReferenceEvaluator
+
+        return list(ReferenceEvaluator(model).run(None, feeds))  # type: ignore[arg-type]
+    return outputs
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.note}".strip())
+def test_op(case: Case, seed: int) -> None:
+    model, feeds = build(case, seed)
+    runner = open_model(ir.from_proto(model), "cpu", TorchSettings(), "case")
+    actual = runner.run(feeds)
+    for name, expected in zip(actual, reference(model, feeds), strict=True):
+        expected = np.asarray(expected)
+        assert actual[name].shape == expected.shape
+        assert actual[name].dtype == expected.dtype
+        # sums of at most a few dozen float32 terms in another order; steep functions magnify what inputs round to
+        np.testing.assert_allclose(actual[name], expected, rtol=2e-5, atol=2e-6)
+    again = runner.run(feeds)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(again[name], array, err_msg="the program differs from the run that made it")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case("MaxPool", [(1, 2, 4, 4)], {"kernel_shape": [2, 2]}, outputs=2), "indices"),
+        (Case("LSTM", [*RECURRENT[:4], ints(5, 5, dtype="int32")], {"hidden_size": 4}, outputs=2), "sequence_lens"),
+        (Case("Resize", [(1, 1, 4, 4), None, np.array([1, 1, 2, 2], np.float32)], {"antialias": 1}), "antialias"),
+        (Case("Bernoulli"), "no translation of Bernoulli"),
+    ],
+)
+def test_forms_without_a_translation_are_named_before_anything_runs(case: Case, words: str) -> None:
+    model, _ = build(case, 0)
+    with pytest.raises(InputError, match=words):
+        open_model(ir.from_proto(model), "cpu", TorchSettings(), "case")
