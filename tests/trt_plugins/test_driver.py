@@ -42,6 +42,26 @@ def test_no_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         driver.ensure_context()
 
 
+def test_a_prepared_launch_fills_in_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(driver, "call", lambda *arguments: called.append(arguments))
+    wanted = KernelLaunch("shift", (), (3, 2, 1), (64, 1, 1), 16, (7, -1))
+    prepared = driver.PreparedLaunch(object(), ctypes.c_void_p(5), wanted, 2, 1)  # type: ignore[arg-type]
+    for inputs, output, stream in (([10, 20], 30, 0), ([11, 2**40], 31, 99)):
+        prepared(inputs, [output], stream)
+        name, function, *geometry, stream_slot, parameters, _ = called[-1]
+        assert (name, function.value, stream_slot.value or 0) == ("cuLaunchKernel", 5, stream)
+        assert [size.value for size in geometry] == [3, 2, 1, 64, 1, 1, 16]
+        kinds = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint64]
+        values = [kind.from_address(address).value for kind, address in zip(kinds, parameters, strict=True)]
+        assert values == [*inputs, 7, -1, output]
+    assert [called[0][i] is called[1][i] for i in range(len(called[0]))] == [True] * len(called[0]), "nothing was made"
+    with pytest.raises(ValueError):
+        prepared([1], [2])
+    driver.PreparedLaunch(object(), ctypes.c_void_p(5), launch(0, 0), 1, 1)([0], [0])  # type: ignore[arg-type]
+    assert len(called) == 2, "an empty grid launches nothing"
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     def test_outputs_are_poisoned(self, kernel: driver.Kernel) -> None:

@@ -43,37 +43,56 @@ def _name(cuda: ctypes.CDLL, status: int) -> str:
     return (text.value or b"unknown error").decode()
 
 
-def _call(function: str, *arguments: Any) -> None:
+def call(function: str, *arguments: Any) -> None:
+    """Call a function of the CUDA driver.
+
+    Raises:
+        DriverError: it does not return success.
+    """
     cuda = _driver()
     status = getattr(cuda, function)(*arguments)
     if status != 0:
         raise DriverError(f"{function} failed with {_name(cuda, status)}")
 
 
-def ensure_context() -> None:
+def ensure_context() -> int:
     """Make the primary context of device 0 current where the thread has none, as it does outside torch or TensorRT.
+
+    Returns the handle of the current context; modules are loaded into one and run in it alone.
 
     Raises:
         EnvironmentLacks: there is no driver or no GPU.
     """
     current = ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(current))
+    call("cuCtxGetCurrent", ctypes.byref(current))
     if current.value:
-        return
+        return current.value
     count = ctypes.c_int()
-    _call("cuDeviceGetCount", ctypes.byref(count))
+    call("cuDeviceGetCount", ctypes.byref(count))
     if count.value == 0:
         raise EnvironmentLacks("the NVIDIA driver sees no GPU; check `nvidia-smi`")
     context = ctypes.c_void_p()
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
-    _call("cuCtxSetCurrent", context)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
+    call("cuCtxSetCurrent", context)
+    assert context.value, "a retained context has a handle"
+    return context.value
+
+
+def compute_capability() -> int:
+    """Return the compute capability of the current context's device, such as 89."""
+    ensure_context()
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    call("cuCtxGetDevice", ctypes.byref(device))
+    call("cuDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(75), device)  # ..._COMPUTE_CAPABILITY_MAJOR
+    call("cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(76), device)  # ..._COMPUTE_CAPABILITY_MINOR
+    return 10 * major.value + minor.value
 
 
 def free_bytes() -> int:
     """Return how much of the current device's memory is free."""
     ensure_context()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
@@ -84,8 +103,12 @@ class Kernel:
         ensure_context()
         self._module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
-        _call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
-        _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, entry.encode())
+        call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
+        call("cuModuleGetFunction", ctypes.byref(self._function), self._module, entry.encode())
+
+    def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> PreparedLaunch:
+        """Return the launch with room for the addresses of so many `inputs` and `outputs`."""
+        return PreparedLaunch(self, self._function, launch, inputs, outputs)
 
     def __call__(self, launch: KernelLaunch, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
         """Launch on device addresses `inputs` (those that are present) and `outputs`, on a CUDA `stream` handle.
@@ -93,14 +116,43 @@ class Kernel:
         Raises:
             DriverError: the launch fails; errors of earlier kernels may show here too.
         """
-        if 0 in launch.grid:
-            return
-        values: list[Any] = [ctypes.c_uint64(pointer) for pointer in inputs]
-        values += [ctypes.c_int32(extra) for extra in launch.extras]
-        values += [ctypes.c_uint64(pointer) for pointer in outputs]
+        self.prepare(launch, len(inputs), len(outputs))(inputs, outputs, stream)
+
+
+class PreparedLaunch:
+    """A launch whose argument buffers are laid out; a call fills in addresses and launches, and makes nothing else.
+
+    Not for several threads at once.
+    """
+
+    def __init__(
+        self, kernel: Kernel, function: ctypes.c_void_p, launch: KernelLaunch, inputs: int, outputs: int
+    ) -> None:
+        self._kernel = kernel  # keeps the module loaded
+        self._empty = 0 in launch.grid
+        self._inputs = [ctypes.c_uint64() for _ in range(inputs)]
+        self._outputs = [ctypes.c_uint64() for _ in range(outputs)]
+        self._extras = [ctypes.c_int32(extra) for extra in launch.extras]
+        self._stream = ctypes.c_void_p()
+        values = [*self._inputs, *self._extras, *self._outputs]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         geometry = [ctypes.c_uint(size) for size in (*launch.grid, *launch.block, launch.shared_bytes)]
-        _call("cuLaunchKernel", self._function, *geometry, ctypes.c_void_p(stream), parameters, None)
+        self._arguments = (function, *geometry, self._stream, parameters, None)
+
+    def __call__(self, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
+        """Launch on device addresses, on a CUDA `stream` handle; a stream that is captured takes the launch up.
+
+        Raises:
+            DriverError: the launch fails; errors of earlier kernels may show here too.
+        """
+        if self._empty:
+            return
+        for slot, address in zip(self._inputs, inputs, strict=True):
+            slot.value = address
+        for slot, address in zip(self._outputs, outputs, strict=True):
+            slot.value = address
+        self._stream.value = stream
+        call("cuLaunchKernel", *self._arguments)
 
 
 class _Buffer:
@@ -111,7 +163,7 @@ class _Buffer:
         self.address = ctypes.c_uint64()
 
     def __enter__(self) -> _Buffer:
-        _call("cuMemAlloc_v2", ctypes.byref(self.address), ctypes.c_size_t(max(self.size, 1)))
+        call("cuMemAlloc_v2", ctypes.byref(self.address), ctypes.c_size_t(max(self.size, 1)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,15 +193,15 @@ def run_on_arrays(
         buffers = [stack.enter_context(_Buffer(array.nbytes + 2 * _GUARD + offset)) for array in (*inputs, *results)]
         addresses = [buffer.address.value + _GUARD + offset for buffer in buffers]
         for buffer in buffers:
-            _call("cuMemsetD8_v2", buffer.address, ctypes.c_ubyte(POISON), ctypes.c_size_t(buffer.size))
+            call("cuMemsetD8_v2", buffer.address, ctypes.c_ubyte(POISON), ctypes.c_size_t(buffer.size))
         for array, address in zip(inputs, addresses, strict=False):
             data = np.ascontiguousarray(array)
-            _call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), _size(data))
+            call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), _size(data))
         kernel(launch, addresses[: len(inputs)], addresses[len(inputs) :])
-        _call("cuCtxSynchronize")
+        call("cuCtxSynchronize")
         for index, (result, buffer) in enumerate(zip(results, buffers[len(inputs) :], strict=True)):
             whole = np.empty(buffer.size, np.uint8)
-            _call("cuMemcpyDtoH_v2", whole.ctypes.data_as(ctypes.c_void_p), buffer.address, _size(whole))
+            call("cuMemcpyDtoH_v2", whole.ctypes.data_as(ctypes.c_void_p), buffer.address, _size(whole))
             start, end = _GUARD + offset, _GUARD + offset + result.nbytes
             if (whole[:start] != POISON).any() or (whole[end:] != POISON).any():
                 raise DriverError(f"the kernel {launch.entry} wrote outside its output {index}")

@@ -16,6 +16,10 @@ class FuseSwish(GraphPass):
     """Fuse x * sigmoid(x), and x * sigmoid(beta * x) for a constant beta, to one call of the op Swish.
 
     With `scaled` false the second form is left alone.
+
+    Example:
+        before: `y = x * Sigmoid(x * 1.7)`
+        after:  `y = Swish(x, beta=1.7)`
     """
 
     name: ClassVar[str] = "fuse-swish"

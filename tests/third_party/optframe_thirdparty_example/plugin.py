@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optframe.hookspec import hookimpl
-from optframe.types import CommandSpec, ModelSpec, OpAttribute, OpParameter, OpSpec, PassSpec
+from optframe.types import CommandSpec, KernelSpec, ModelSpec, OpAttribute, OpParameter, OpSpec, PassSpec
 
 PACKAGE = "optframe_thirdparty_example"
 
@@ -17,6 +17,7 @@ SWISH = OpSpec(
     attributes={"beta": OpAttribute("float", 1.0)},
     function=f"{PACKAGE}.swish:swish_function",
     shape_rule=f"{PACKAGE}.swish:swish_shapes",
+    kernel=KernelSpec(f"{PACKAGE}:swish.cu", f"{PACKAGE}.swish:swish_launch"),
     summary="x * sigmoid(beta * x)",
 )
 

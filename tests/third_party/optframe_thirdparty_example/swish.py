@@ -1,14 +1,15 @@
-"""What the op Swish means, and the shape of its output. Ramachandran et al., arXiv:1710.05941."""
+"""What the op Swish means, the shape of its output, and its launch. Ramachandran et al., arXiv:1710.05941."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import onnx.parser
 import onnx_ir as ir
 
 from optframe.errors import InputError
-from optframe.types import TensorInfo
+from optframe.types import KernelLaunch, TensorInfo
 
 BODY = """
 <domain: "example.thirdparty", opset_import: ["" : %d]>
@@ -35,3 +36,23 @@ def swish_shapes(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, o
     if x is None:
         raise InputError("Swish needs x")
     return (x,)
+
+
+CUDA_TYPES = {"float32": "float", "float16": "__half"}
+
+THREADS = 256
+"""Of a block."""
+
+
+def swish_launch(
+    inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
+) -> KernelLaunch:
+    """Return the launch of one thread an element."""
+    (x,) = inputs
+    if x is None or x.dtype not in CUDA_TYPES:
+        raise InputError("Swish needs x, in float32 or float16")
+    count = math.prod(x.shape)
+    if count > 2**31 - THREADS:
+        raise InputError(f"Swish: {count} elements are too many for one launch")
+    defines = (("SWISH_TYPE", CUDA_TYPES[x.dtype]), ("SWISH_BETA", f"{attributes['beta']!r}f"))
+    return KernelLaunch("swish", defines, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), 0, (count,))

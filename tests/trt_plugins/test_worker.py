@@ -1,0 +1,167 @@
+"""The process that builds: what it is sent and sends back, how it crashes, how it is cancelled."""
+
+import io
+import json
+import os
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optframe.errors import InputError, OptframeError
+from optframe.registry import default_registry
+from optframe_trt import worker
+from optframe_trt.builder import (
+    BuildRequest,
+    BuildResult,
+    Cancelled,
+    KernelFacts,
+    LayerFacts,
+    TensorFacts,
+    UnsupportedNodes,
+)
+from optframe_trt.preflight import Unsupported
+from optframe_trt.profiles import ShapeRange
+from optframe_trt.settings import BuildSettings
+
+
+def request(tmp_path: Path) -> BuildRequest:
+    return BuildRequest(
+        flavour="tensorrt-rtx",
+        source=tmp_path / "source.onnx",
+        model=tmp_path / "model.onnx",
+        engine=tmp_path / "model.engine",
+        settings=BuildSettings(workspace=7, profile="n=1/2/3"),
+        targets=("sm86", "sm89"),
+        plugins=tuple(default_registry().ops().values()),
+        aot=True,
+        profiles=({"x": ShapeRange((1, 2), (3, 4), (5, 6))}, {}),
+        timing_cache=tmp_path / "timings",
+    )
+
+
+RESULT = BuildResult(
+    version="1.7",
+    inputs=(TensorFacts("x", "float32", (-1, 2)),),
+    outputs=(TensorFacts("y", "int64", ()),),
+    layers=(LayerFacts("a", "CONVOLUTION", "[ONNX Layer: a]"),),
+    kernels=(KernelFacts("n", "layernorm", 86, (8, 8), (12, 9), "ab"),),
+    warnings=("beware",),
+)
+
+
+def test_requests_and_results_survive_json(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    assert wanted.plugins, "the installed plugins register ops"
+    assert worker.request_from_json(json.loads(json.dumps(worker.request_to_json(wanted)))) == wanted
+    assert worker.result_from_json(json.loads(json.dumps(asdict(RESULT)))) == RESULT
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: Any, stdin: str = "") -> list[dict[str, Any]]:
+    """Return what the worker says when `build` takes the place of the builder."""
+    monkeypatch.setattr(worker, "build", build)
+    replies = io.StringIO()
+    worker.serve(io.StringIO(json.dumps(worker.request_to_json(request(tmp_path))) + "\n" + stdin), replies)
+    return [json.loads(line) for line in replies.getvalue().splitlines()]
+
+
+def test_the_worker_tells_progress_then_the_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build(wanted: BuildRequest, tell: Any, cancelled: Any) -> BuildResult:
+        for fraction in (0.0, 0.001, 0.5):  # the second step is too small to tell
+            tell("optimize", fraction)
+        tell("write", 0.5)
+        return RESULT
+
+    *told, last = serve(monkeypatch, tmp_path, build)
+    assert [(reply["phase"], reply["fraction"]) for reply in told] == [
+        ("optimize", 0),
+        ("optimize", 0.5),
+        ("write", 0.5),
+    ]
+    assert worker._result(last) == RESULT
+
+
+def test_the_end_of_its_input_cancels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build(wanted: BuildRequest, tell: Any, cancelled: Any) -> BuildResult:
+        waiting = threading.Event()
+        for _ in range(1000):
+            if cancelled():
+                raise Cancelled
+            waiting.wait(0.01)
+        return RESULT
+
+    (reply,) = serve(monkeypatch, tmp_path, build)
+    with pytest.raises(OptframeError, match="was cancelled"):
+        worker._result(reply)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "message"),
+    [
+        (InputError("no such shape"), InputError, "no such shape"),
+        (ZeroDivisionError("oh"), OptframeError, "the build failed: ZeroDivisionError: oh"),
+    ],
+)
+def test_errors_keep_their_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Exception, seen: type[Exception], message: str
+) -> None:
+    def build(wanted: BuildRequest, tell: Any, cancelled: Any) -> BuildResult:
+        raise raised
+
+    (reply,) = serve(monkeypatch, tmp_path, build)
+    with pytest.raises(seen, match=message):
+        worker._result(reply)
+
+
+def test_unsupported_nodes_arrive_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nodes = (Unsupported("n", "NonZero", "no", 3),)
+
+    def build(wanted: BuildRequest, tell: Any, cancelled: Any) -> BuildResult:
+        raise UnsupportedNodes(nodes)
+
+    (reply,) = serve(monkeypatch, tmp_path, build)
+    with pytest.raises(UnsupportedNodes) as raised:
+        worker._result(reply)
+    assert raised.value.nodes == nodes
+
+
+@pytest.mark.parametrize(
+    ("source", "how"),
+    [
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "signal SIGSEGV"),
+        ("import sys; print('terminate called', file=sys.stderr); sys.exit(7)", r"exit status 7 \(terminate called\)"),
+    ],
+)
+def test_a_crash_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, how: str) -> None:
+    (tmp_path / "crashing_worker.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(worker, "MODULE", "crashing_worker")
+    with pytest.raises(InputError, match=f"TensorRT crashed on this model with {how}"):
+        worker.build_in_worker(request(tmp_path), lambda what, fraction: None, tmp_path / "log")
+
+
+DEAF = """
+import json, os, time
+print(json.dumps({"phase": str(os.getpid()), "fraction": 0}), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "deaf_worker.py").write_text(DEAF)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(worker, "MODULE", "deaf_worker")
+    monkeypatch.setattr(worker, "CANCEL_SECONDS", 0.1)
+    pids: list[int] = []
+
+    def tell(what: str, fraction: float) -> None:
+        pids.append(int(what))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.build_in_worker(request(tmp_path), tell, tmp_path / "log")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)

@@ -1,0 +1,131 @@
+"""An op's kernel for the tensors at hand: compiled to PTX at build time, loaded from PTX and launched at run time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from optframe.errors import InputError, PluginError
+from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
+from optframe_trt import driver, nvrtc, ptx_cache
+
+Defines = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel for one set of defines, which decide what it can be launched for."""
+
+    entry: str
+    defines: Defines
+    ptx: nvrtc.Ptx
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the PTX text."""
+        return hashlib.sha256(self.ptx.text.encode()).hexdigest()
+
+
+def kernel_of(spec: OpSpec) -> KernelSpec:
+    """Return the op's kernel.
+
+    Raises:
+        InputError: it has none.
+    """
+    if spec.kernel is None:
+        raise InputError(f"{spec.identifier} has no CUDA kernel, so it cannot be a plugin: keep its function")
+    return spec.kernel
+
+
+def source_hash(spec: OpSpec) -> str:
+    """Return the hash of the kernel's source, which tells whether PTX and launch rule are of one version."""
+    return hashlib.sha256(kernel_of(spec).read_source().encode()).hexdigest()
+
+
+def capability(target: str | int) -> int:
+    """Return the compute capability that "sm89", "8.9", "89" or 89 names: 89.
+
+    Raises:
+        InputError: `target` names none.
+    """
+    digits = str(target).lower().removeprefix("sm").removeprefix("_").replace(".", "")
+    if not digits.isdecimal() or not 50 <= int(digits) < 1000:
+        raise InputError(f"'{target}' is no compute capability; write it like sm89")
+    return int(digits)
+
+
+def choose_launch(
+    spec: OpSpec,
+    calls: Sequence[tuple[Sequence[TensorInfo | None], Sequence[TensorInfo]]],
+    attributes: Mapping[str, object],
+) -> KernelLaunch:
+    """Return the last of the launches for `calls`, the (inputs, outputs) of a profile's shapes: one kernel does all.
+
+    Raises:
+        PluginError: the op's shape rule and the outputs disagree.
+        InputError: the op's rules refuse a call, or choose different kernels.
+    """
+    launches = []
+    for inputs, outputs in calls:
+        inferred = spec.infer(inputs, attributes)
+        if tuple(inferred) != tuple(outputs):
+            raise PluginError(f"its shape rule says {texts(inferred)} of {texts(inputs)}, not {texts(outputs)}")
+        launches.append(kernel_of(spec).launch_rule()(inputs, outputs, attributes))
+    found = differences([(launch.entry, launch.defines) for launch in launches])
+    if found:
+        reach = " to ".join(texts(inputs) for inputs, _ in (calls[0], calls[-1]))
+        raise InputError(
+            f"its kernel depends on the shape ({found}) and the profile has {reach}: "
+            "give the dynamic dimensions one size a profile, or keep the op's function"
+        )
+    return launches[-1]
+
+
+def texts(infos: Sequence[TensorInfo | None]) -> str:
+    """Return tensors in words: "float16[2, 8], bool[2]"."""
+    return ", ".join(f"{info.dtype}{list(info.shape)}" for info in infos if info is not None)
+
+
+def differences(choices: Sequence[tuple[str, Defines]]) -> str:
+    """Return in what the (entry, defines) of kernels differ, such as "WIDTH: 3, 7"; nothing where they are equal."""
+    table = [{"entry": entry, **dict(defines)} for entry, defines in choices]
+    names = dict.fromkeys(name for row in table for name in row)
+    values = {name: list(dict.fromkeys(row.get(name, "none") for row in table)) for name in names}
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items() if len(found) > 1)
+
+
+def compile_kernel(spec: OpSpec, launch: KernelLaunch, targets: Sequence[int]) -> CompiledKernel:
+    """Compile the op's kernel to one PTX that runs on all compute capabilities `targets`: for the lowest of them.
+
+    PTX of one capability runs on every later one, so an engine for several carries one text.
+
+    Raises:
+        PluginError: the source does not compile, or lacks the entry.
+        EnvironmentLacks: no NVRTC is installed.
+    """
+    if not targets:
+        raise InputError(f"no compute capability is given to compile {spec.identifier} for")
+    kernel = kernel_of(spec)
+    name = kernel.source.rpartition("/")[2]
+    ptx = _compile(kernel.read_source(), name, launch.defines, tuple(targets))
+    if f".entry {launch.entry}(" not in ptx.text:
+        raise PluginError(f"{spec.identifier}: {kernel.source} has no kernel '{launch.entry}' that is extern \"C\"")
+    return CompiledKernel(launch.entry, launch.defines, ptx)
+
+
+@cache
+def _compile(source: str, name: str, defines: Defines, targets: tuple[int, ...]) -> nvrtc.Ptx:
+    return ptx_cache.compile_ptx(source, name=name, defines=defines, targets=targets)
+
+
+def prepare(kernel: CompiledKernel, launch: KernelLaunch, inputs: int, outputs: int) -> driver.PreparedLaunch:
+    """Load the kernel into the current CUDA context, once for each, and return the launch for so many tensors."""
+    return _load(driver.ensure_context(), kernel.ptx.text, kernel.entry).prepare(launch, inputs, outputs)
+
+
+@cache
+def _load(context: int, ptx: str, entry: str) -> driver.Kernel:
+    """Return the loaded kernel; `context` is part of the key alone, since the driver loads into the current one."""
+    return driver.Kernel(ptx, entry)

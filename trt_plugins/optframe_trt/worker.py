@@ -1,0 +1,236 @@
+"""A build in a process of its own, where a crash of the parser is a finding and Ctrl-C a clean end; both sides.
+
+The caller writes one JSON line, the request; the worker answers with lines of progress and a last one with the result
+or the error. Whatever else arrives on the worker's standard input, its end included, cancels the build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from optframe import errors
+from optframe.errors import InputError, OptframeError, describe
+from optframe.types import KernelSpec, OpAttribute, OpParameter, OpSpec
+from optframe_trt.builder import (
+    BuildRequest,
+    BuildResult,
+    Cancelled,
+    KernelFacts,
+    LayerFacts,
+    TensorFacts,
+    UnsupportedNodes,
+    build,
+)
+from optframe_trt.preflight import Unsupported
+from optframe_trt.profiles import ShapeRange
+from optframe_trt.progress import Tell
+from optframe_trt.settings import BuildSettings
+
+CANCEL_SECONDS = 30.0
+"""How long a cancelled build may take to notice: TensorRT asks between its steps."""
+
+STEP = 0.005
+"""Progress is told when it changed by this much, or with a new phase."""
+
+MODULE = "optframe_trt.worker"
+
+
+def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult:
+    """Build in a new process; what native code prints there goes to the file `log`.
+
+    Raises:
+        UnsupportedNodes, InputError, PluginError, EnvironmentLacks: see `optframe_trt.builder.build`.
+        InputError: the parser or builder crashed.
+        KeyboardInterrupt: the user pressed Ctrl-C; the worker has ended.
+    """
+    with _process(log) as process:
+        stdin, stdout = _pipes(process)
+        try:
+            stdin.write(json.dumps(request_to_json(request)) + "\n")
+            stdin.flush()
+            for line in stdout:
+                reply: dict[str, Any] = json.loads(line)
+                if "phase" in reply:
+                    tell(reply["phase"], reply["fraction"])
+                else:
+                    return _result(reply)
+        except BrokenPipeError:
+            pass
+        raise _crash(process.wait(), log)
+
+
+@contextlib.contextmanager
+def _process(log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a worker and see that it ends: after an interrupt by asking it first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            env=environment,
+            start_new_session=True,  # so that Ctrl-C in a terminal reaches us alone
+        )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    stdin, stdout = _pipes(process)
+    with contextlib.suppress(BrokenPipeError):
+        stdin.close()  # cancels what may still be under way
+    try:
+        process.wait(CANCEL_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+    stdout.close()
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _result(reply: Mapping[str, Any]) -> BuildResult:
+    if "unsupported" in reply:
+        raise UnsupportedNodes([Unsupported(**node) for node in reply["unsupported"]])
+    if "error" in reply:
+        kind = getattr(errors, reply["kind"], OptframeError)
+        raise kind(reply["error"])
+    return result_from_json(reply["result"])
+
+
+def _crash(status: int, log: Path) -> InputError:
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    said = f" ({lines[-1].strip()[:200]})" if lines else ""
+    return InputError(
+        f"TensorRT crashed on this model with {how}{said}: keep the portable form, "
+        "which has no ops beyond ONNX's own and ours"
+    )
+
+
+def request_to_json(request: BuildRequest) -> dict[str, Any]:
+    """Return `request` as data for JSON."""
+    paths = {name: str(value) for name, value in vars(request).items() if isinstance(value, Path)}
+    return {**asdict(request), **paths}
+
+
+def request_from_json(data: Mapping[str, Any]) -> BuildRequest:
+    """Return the request that `request_to_json` wrote."""
+    return BuildRequest(
+        flavour=data["flavour"],
+        source=Path(data["source"]),
+        model=Path(data["model"]),
+        engine=Path(data["engine"]),
+        settings=BuildSettings(**data["settings"]),
+        targets=tuple(data["targets"]),
+        plugins=tuple(_op(op) for op in data["plugins"]),
+        aot=data["aot"],
+        profiles=tuple(
+            {name: ShapeRange(*(tuple(shapes[which]) for which in ("min", "opt", "max"))) for name, shapes in p.items()}
+            for p in data["profiles"]
+        ),
+        timing_cache=Path(data["timing_cache"]) if data["timing_cache"] else None,
+    )
+
+
+def _op(data: Mapping[str, Any]) -> OpSpec:
+    def parameter(given: Mapping[str, Any]) -> OpParameter:
+        return OpParameter(**{**given, "dtypes": tuple(given["dtypes"])})
+
+    def attribute(given: Mapping[str, Any]) -> OpAttribute:
+        default = given["default"]
+        return OpAttribute(given["type"], tuple(default) if isinstance(default, list) else default)
+
+    return OpSpec(
+        **{
+            **data,
+            "inputs": tuple(map(parameter, data["inputs"])),
+            "outputs": tuple(map(parameter, data["outputs"])),
+            "attributes": {name: attribute(given) for name, given in data["attributes"].items()},
+            "kernel": KernelSpec(**data["kernel"]) if data["kernel"] else None,
+        }
+    )
+
+
+def result_from_json(data: Mapping[str, Any]) -> BuildResult:
+    """Return the result that was written as `asdict`."""
+    tensors = {
+        name: tuple(TensorFacts(t["name"], t["dtype"], tuple(t["shape"])) for t in data[name])
+        for name in ("inputs", "outputs")
+    }
+    kernels = (KernelFacts(**{**k, "isa": tuple(k["isa"]), "nvrtc": tuple(k["nvrtc"])}) for k in data["kernels"])
+    return BuildResult(
+        version=data["version"],
+        **tensors,
+        layers=tuple(LayerFacts(**layer) for layer in data["layers"]),
+        kernels=tuple(kernels),
+        warnings=tuple(data["warnings"]),
+    )
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    """Do one build: the worker's side."""
+    request = request_from_json(json.loads(requests.readline()))
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(requests, stop), daemon=True).start()
+
+    def send(**reply: Any) -> None:
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        send(result=asdict(build(request, _throttled(send), stop.is_set)))
+    except Cancelled:
+        send(error="the build was cancelled", kind="OptframeError")
+    except UnsupportedNodes as error:
+        send(unsupported=[asdict(node) for node in error.nodes])
+    except OptframeError as error:
+        send(error=str(error), kind=type(error).__name__)
+    except Exception as error:  # ours to report to the caller, who may ask for more with --debug
+        send(error=f"the build failed: {describe(error)}", kind="OptframeError")
+
+
+def _listen(requests: IO[str], stop: threading.Event) -> None:
+    requests.readline()
+    stop.set()
+
+
+def _throttled(send: Any) -> Tell:
+    last = ("", -1.0)
+
+    def tell(phase: str, fraction: float) -> None:
+        nonlocal last
+        if phase != last[0] or fraction - last[1] >= STEP:
+            last = (phase, fraction)
+            with contextlib.suppress(BrokenPipeError):  # the caller is gone; the end of its input cancels the build
+                send(phase=phase, fraction=fraction)
+
+    return tell
+
+
+def main() -> None:
+    """Serve on standard input and output; whatever native code prints goes to standard error."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()
