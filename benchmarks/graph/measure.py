@@ -18,16 +18,21 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from optframe import environment, feeds, flops, graph
+from optframe import environment, feeds, flops, graph, numerics
+from optframe.api import comparison_inputs
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a tool's process ended: wall seconds, peak resident memory, and in one line what went wrong, if anything."""
+    """How a tool's process ended: wall seconds, peak resident memory, and in one line what went wrong, if anything.
+
+    `work_s` are the seconds without the start of Python: imports of the tool, load, optimisation, save.
+    """
 
     seconds: float
+    work_s: float
     peak_mb: float
     error: str | None
 
@@ -52,17 +57,21 @@ def attempt(tool: str, source: Path, target: Path, *, timeout: float, memory_gb:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Attempt(timeout, float("nan"), f"not done after {timeout:.0f} s")
+        return Attempt(timeout, float("nan"), float("nan"), f"not done after {timeout:.0f} s")
     seconds = time.perf_counter() - start
-    peak = re.search(r"peak_kib (\d+)", stdout)
-    if process.returncode == 0 and target.is_file() and peak:
-        return Attempt(seconds, int(peak[1]) / 1024, None)
+    peak, work = (re.search(rf"{key} ([\d.]+)", stdout) for key in ("peak_kib", "work_s"))
+    if process.returncode == 0 and target.is_file() and peak and work:
+        return Attempt(seconds, float(work[1]), int(peak[1]) / 1024, None)
     last = ([line for line in stderr.splitlines() if line.strip()] or ["no message"])[-1]
-    return Attempt(seconds, float("nan"), f"exit {process.returncode}: {last[:160]}")
+    return Attempt(seconds, float("nan"), float("nan"), f"exit {process.returncode}: {last[:160]}")
 
 
 def inspect(path: Path, source: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return nodes, FLOPs, the checker's verdict and the largest difference to `source` of each output."""
+    """Return nodes, FLOPs, the checker's verdict, the largest difference to `source` of each output, whether equal.
+
+    FLOPs are a lower bound where `flops_unknown` nodes could not be counted. Equal means within the tolerances
+    of `optframe.numerics`, on all samples, whichever tool it was.
+    """
     model = graph.load(path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -73,11 +82,19 @@ def inspect(path: Path, source: Path, samples: Sequence[Mapping[str, Any]]) -> d
     differences = {
         name: max(_max_abs(a[name], e[name]) for a, e in zip(actual, expected, strict=True)) for name in expected[0]
     }
+    verdicts = [
+        numerics.compare(e[name], a[name], numerics.tolerance_of(e[name])).status
+        for a, e in zip(actual, expected, strict=True)
+        for name in e
+    ]
+    counted = flops.count_flops(model, input_shapes=feeds.input_shapes(samples[0]))
     return {
         "nodes": graph.count_nodes(model),
-        "gflop": flops.count_flops(model).total / 1e9,
+        "gflop": counted.total / 1e9,
+        "flops_unknown": len(counted.unknown),
         "checker": checker,
         "max_abs": differences,
+        "equal": set(verdicts) == {"equal"},
     }
 
 
@@ -126,10 +143,9 @@ def paired_latency(paths: Mapping[str, Path], sample: Mapping[str, Any], rounds:
     }
 
 
-def draw_samples(path: Path) -> list[dict[str, Any]]:
-    """Return two random inputs for the model at `path`."""
-    model = graph.load(path)
-    return [dict(feeds.random_feeds(model, seed)) for seed in range(2)]
+def draw_samples(path: Path, inputs: Path | None = None) -> list[dict[str, Any]]:
+    """Return the samples in the file `inputs`, or two random ones, for the model at `path`."""
+    return [dict(sample) for sample in comparison_inputs(inputs, graph.load(path))]
 
 
 def machine() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import measure
 import tools
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -31,16 +32,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of paired latency; 0 for none")
     parser.add_argument("--timeout", type=float, default=240.0)
     parser.add_argument("--memory-gb", type=float, default=12.0)
+    parser.add_argument("--inputs", type=Path, help="an .npz file of real inputs, for models of one interface")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    unknown = set(options.tools.split(",")) - set(tools.TOOLS)
+    if unknown:
+        parser.error(f"unknown tools: {', '.join(sorted(unknown))}; known: {', '.join(tools.TOOLS)}")
     results = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/graph/run.py " + " ".join(path.name for path in options.models),
         "machine": measure.machine(),
         "models": {path.name: bench(path, options) for path in options.models},
     }
+    console = Console()
+    wide = console if console.is_terminal else Console(width=FILE_WIDTH)
     for name, rows in results["models"].items():
-        Console().print(table(name, rows))
+        wide.print(table(name, rows))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -57,8 +64,8 @@ def bench(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
                 if not any(attempt.error for attempt in attempts[name]):  # what failed once needs no second try
                     limits = {"timeout": options.timeout, "memory_gb": options.memory_gb}
                     attempts[name].append(measure.attempt(name, model, made[name], **limits))
-        samples = measure.draw_samples(model)
-        rows = [describe(name, attempts[name], made[name], model, samples) for name in names]
+        samples = measure.draw_samples(model, options.inputs)
+        rows = [describe(name, attempts, made[name], model, samples) for name in names]
         valid = {row["tool"]: made[row["tool"]] for row in rows if "max_abs" in row}
         if options.rounds and valid:
             latencies = measure.paired_latency(valid, samples[0], options.rounds)
@@ -66,13 +73,21 @@ def bench(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(name: str, attempts: list[measure.Attempt], made: Path, model: Path, samples: Any) -> dict[str, Any]:
-    """Return what is known of a tool's work before its result is timed."""
+def describe(
+    name: str, attempts: dict[str, list[measure.Attempt]], made: Path, model: Path, samples: Any
+) -> dict[str, Any]:
+    """Return what is known of a tool's work before its result is timed.
+
+    `times_first` is the median over the rounds of its seconds over the first tool's in the same round.
+    """
+    own, first = attempts[name], next(iter(attempts.values()))
     row: dict[str, Any] = {
         "tool": name,
-        "seconds": statistics.median(attempt.seconds for attempt in attempts),
-        "peak_mb": attempts[0].peak_mb,
-        "error": next((attempt.error for attempt in attempts if attempt.error), None),
+        "seconds": statistics.median(attempt.seconds for attempt in own),
+        "work_s": statistics.median(attempt.work_s for attempt in own),
+        "peak_mb": max(attempt.peak_mb for attempt in own),
+        "times_first": statistics.median(a.seconds / b.seconds for a, b in zip(own, first, strict=False)),
+        "error": next((attempt.error for attempt in own if attempt.error), None),
     }
     if row["error"]:
         return row
@@ -82,24 +97,31 @@ def describe(name: str, attempts: list[measure.Attempt], made: Path, model: Path
         return row | {"error": f"its result does not run: {str(error).splitlines()[0][:120]}"}
 
 
+COLUMNS = ("tool", "nodes", "seconds", "work s", "times", "peak MB", "GFLOP", "max abs", "equal", "checker")
+LATENCY = ("CPU ms", "ratio")
+FILE_WIDTH = 150
+"""Columns of a table that goes to a file."""
+
+
 def table(model: str, rows: list[dict[str, Any]]) -> Table:
     """Return the rows as a table."""
-    shown = Table("tool", "nodes", "seconds", "peak MB", "GFLOP", "max abs", "checker", "CPU ms", "ratio", title=model)
+    shown = Table(*COLUMNS, *LATENCY, title=model)
     for row in rows:
         if row["error"]:
-            shown.add_row(row["tool"], "", f"{row['seconds']:.1f}", "", "", "", row["error"])
+            shown.add_row(row["tool"], "", f"{row['seconds']:.1f}", *[""] * (len(COLUMNS) - 4), escape(row["error"]))
             continue
-        worst = max(row["max_abs"].values())
-        latency = [f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}"] if "ratio" in row else []
         shown.add_row(
             row["tool"],
             str(row["nodes"]),
             f"{row['seconds']:.1f}",
+            f"{row['work_s']:.1f}",
+            f"{row['times_first']:.2f}",
             f"{row['peak_mb']:.0f}",
-            f"{row['gflop']:.1f}",
-            f"{worst:.1e}",
-            row["checker"],
-            *latency,
+            f"{'≥ ' if row['flops_unknown'] else ''}{row['gflop']:.1f}",
+            f"{max(row['max_abs'].values()):.1e}",
+            "yes" if row["equal"] else "NO",
+            escape(row["checker"]),
+            *([f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}"] if "ratio" in row else []),
         )
     return shown
 

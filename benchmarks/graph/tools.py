@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable
 
 Tool = Callable[[str, str], None]
@@ -73,6 +74,7 @@ def onnxoptimizer(source: str, target: str) -> None:
 
 TOOLS: dict[str, Tool] = {
     "optframe": optframe,
+    "optframe cpu": lambda source, target: optframe(source, target, "cpu"),
     "optframe --verify each": optframe_checked,
     "onnxslim": onnxslim,
     "onnxsim": onnxsim,
@@ -84,5 +86,7 @@ TOOLS: dict[str, Tool] = {
 
 if __name__ == "__main__":
     name, given, made = sys.argv[1:]
+    start = time.perf_counter()
     TOOLS[name](given, made)
+    print("work_s", time.perf_counter() - start)
     print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

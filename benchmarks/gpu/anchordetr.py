@@ -1,0 +1,234 @@
+"""Measures Anchor DETR (R50-DC5, 1x3x800x1066, seeded weights) as optframe runs it, beside its peers.
+
+Every row is written as soon as it is measured, and is left alone by later calls unless --again: compilations of minutes
+can be spread over several calls. Ours is measured again beside each peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import results
+import torch
+
+import optframe
+from optframe import graph
+from optframe.backends.torch.backend import TorchSettings, open_model
+from optframe.backends.torch.chains import chains
+from optframe_anchordetr.adapter import AnchorDETRAdapter, AnchorDETROptions
+from optframe_anchordetr.export import export
+
+SIZE = (800, 1066)
+WARM_UP, RUNS = 10, 100
+OURS = "optframe torch"
+
+CLASSES = {
+    "attention": ("rcda", "sdpa", "flash", "fmha"),
+    "norms": ("layernorm", "layer_norm", "Moments"),
+    "convolutions": ("fprop", "conv", "first_layer", "nhwcAddPadding", "implicit"),
+    "matrix products": ("nvjet", "gemm", "_linear", "cutlass", "xmma", "splitK"),
+    "copies": ("memcpy", "Memcpy", "copy_kernel", "memset", "Memset", "CatArray"),
+}
+"""What a kernel's name has to contain to count as one class; whatever has none is elementwise work and reductions."""
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Return median and 90th percentile in ms by the host's clock, the GPU synchronised after each run."""
+    for _ in range(WARM_UP):
+        run()
+    samples = []
+    for _ in range(RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(samples), float(np.percentile(samples, 90))
+
+
+class Bench:
+    """The model, its input and FP32 reference at one batch size, and our runner."""
+
+    def __init__(self, batch: int, folder: Path) -> None:
+        self.batch, self.folder = batch, folder / f"batch{batch}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.adapter = AnchorDETRAdapter(AnchorDETROptions(shape=(batch, 3, *SIZE)))
+        self.feeds = dict(self.adapter.feeds()[0])
+        self.images = self.feeds["images"]
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.inference_mode():
+            reference = copy.deepcopy(self.adapter._model).cuda()(torch.from_numpy(self.images).cuda())
+        self.reference = [tensor.cpu().numpy() for tensor in reference]
+
+    def models(self) -> Path:
+        """Write raw, FP32 and FP16 ONNX files and return their folder."""
+        if not (self.folder / "fp16.onnx").exists():
+            export(self.adapter._model, self.folder / "raw.onnx", self.adapter._export_options)
+            optimized = optframe.optimize(self.folder / "raw.onnx", pipeline="anchordetr", verify="off").model
+            graph.save(optimized, self.folder / "fp32.onnx")
+            graph.save(optframe.convert_precision(optimized, "fp16"), self.folder / "fp16.onnx")
+        return self.folder
+
+    def ours(self, precision: str) -> tuple[Callable[[], Any], Callable[[], list[Any]], Any]:
+        """Return a run on the device, what fetches the outputs, and the runner."""
+        file = "fp16" if precision == "fp16" else "fp32"
+        settings = TorchSettings(tf32=precision == "tf32")
+        runner = open_model(graph.load(self.models() / f"{file}.onnx"), "cuda", settings, "anchordetr")
+        run = runner.bind(self.feeds)  # type: ignore[attr-defined]
+        return run, lambda: list(runner.run(self.feeds).values()), runner
+
+    def row(self, name: str, precision: str, ours: bool, run: Callable[[], Any], fetch: Any) -> dict[str, Any]:
+        with torch.inference_mode():
+            median, p90 = timed(run)
+            outputs = fetch()
+        errors = [float(np.abs(a - b).max()) for a, b in zip(outputs, self.reference, strict=True)]
+        return {
+            "name": name,
+            "ours": ours,
+            "precision": precision,
+            "batch": self.batch,
+            "median_ms": round(median, 3),
+            "p90_ms": round(p90, 3),
+            "logits_max_abs": errors[0],
+            "boxes_max_abs": errors[1],
+        }
+
+
+def budget(run: Callable[[], Any], runs: int = 10) -> list[dict[str, Any]]:
+    """Return microseconds and launches of a run by class of kernel, and what of the run no kernel covers."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            run()
+    spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            names = (kind for kind, marks in CLASSES.items() if any(mark in event.name for mark in marks))
+            entry = spent[next(names, "elementwise and reductions")]
+            entry[0] += event.device_time / runs
+            entry[1] += 1 / runs
+    rows = [{"class": kind, "us": round(us, 1), "launches": round(n)} for kind, (us, n) in sorted(spent.items())]
+    median, _ = timed(run)
+    rows.append({"class": "gaps", "us": round(median * 1e3 - sum(us for us, _ in spent.values()), 1), "launches": 0})
+    return rows
+
+
+def kernels(run: Callable[[], Any], runs: int = 5) -> list[tuple[float, float, str]]:
+    """Return (microseconds, launches, name) of each kernel of a run, the most expensive first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            run()
+    spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name][0] += event.device_time / runs
+            spent[event.name][1] += 1 / runs
+    return sorted(((us, n, name) for name, (us, n) in spent.items()), reverse=True)
+
+
+def measure_ours(bench: Bench, precision: str, path: Path) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """Return our row and the run, which stays ready to be timed again."""
+    start = time.perf_counter()
+    run, fetch, runner = bench.ours(precision)
+    seconds = time.perf_counter() - start
+    row = {**bench.row(OURS, precision, True, run, fetch), "load_s": round(seconds, 1)}
+    compiled = [chain for e in runner.function._programs.values() for chain in chains(e.program.steps)]
+    row["chains"] = len(compiled)
+    row["chains_compiled"] = sum(c.compiled_us is not None and c.compiled_us < (c.eager_us or 0) for c in compiled)
+    row["compile_s"] = round(sum(chain.seconds for chain in compiled), 1)
+    return row, run
+
+
+def tell_budget(bench: Bench, run: Callable[[], Any], path: Path) -> None:
+    rows = budget(run)
+    save(path, f"anchordetr_budget_batch{bench.batch}", rows)
+    for row in rows:
+        print(f"    {row['us']:8.1f} us {row['launches']:4} launches  {row['class']}")
+    for us, count, name in kernels(run)[:40]:
+        print(f"    {us:8.1f} us {count:5.0f} x  {name[:110]}")
+
+
+def measure_peer(bench: Bench, peer: peers.Peer) -> dict[str, Any]:
+    start = time.perf_counter()
+    bench.models()
+    with torch.inference_mode():
+        run, fetch = peer.make(copy.deepcopy(bench.adapter._model), bench.images, bench.folder)
+    seconds = time.perf_counter() - start
+    return {**bench.row(peer.name, peer.precision, False, run, fetch), "load_s": round(seconds, 1)}
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()).get("anchordetr", []) if path.exists() else []
+
+
+def save(path: Path, table: str, rows: Sequence[dict[str, Any]]) -> None:
+    results.save(
+        path, table, rows, command="python benchmarks/gpu/anchordetr.py", runs=RUNS, clock="host, synchronised"
+    )
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Put the row in the place of one of the same name, precision and batch."""
+    key = (row["name"], row["precision"], row["batch"])
+    rows = [old for old in load_rows(path) if (old["name"], old["precision"], old["batch"]) != key]
+    save(path, "anchordetr", sorted([*rows, row], key=lambda r: (r["batch"], r["median_ms"])))
+    name = f"batch {row['batch']}  {row['name']} {row['precision']}"
+    beside = f", ours beside it {row['ours_beside_ms']} ms" if "ours_beside_ms" in row else ""
+    error = f"error {row['logits_max_abs']:.1e}"
+    print(f"{row['median_ms']:8.3f} ms  {error}  {name}  (ready after {row['load_s']} s{beside})", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="peers whose name and precision contain this; 'ours' for optframe alone")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--results", type=Path, help="the JSON file (default: results/<card>.json)")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="where the ONNX files go")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA GPU is available to torch: nothing was measured")
+        return 0
+    card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+    path = arguments.results or results.RESULTS.with_name(f"{card}.json")
+    bench = Bench(arguments.batch, arguments.work)
+    ours, run = measure_ours(bench, "fp16", path)
+    record(path, ours)
+    if arguments.only == "ours":
+        tell_budget(bench, run, path)
+        for precision in ("tf32", "fp32"):
+            record(path, measure_ours(bench, precision, path)[0])
+        return 0
+    done = {f"{row['name']} {row['precision']}" for row in load_rows(path) if row["batch"] == arguments.batch}
+    wanted = [name for name in peers.PEERS if not arguments.only or arguments.only in name]
+    for name in wanted:
+        if name in done and not arguments.again:
+            continue
+        try:
+            row = measure_peer(bench, peers.PEERS[name])
+        except Exception:  # a peer that does not run here is a finding; the others are still to be measured
+            print(f"{name} does not run:\n{traceback.format_exc(limit=-3)}", flush=True)
+            continue
+        record(path, {**row, "ours_beside_ms": round(timed(run)[0], 3)})
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
