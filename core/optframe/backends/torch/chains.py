@@ -167,7 +167,7 @@ class CompiledChain:
         except Exception:  # a compiler fails in its own ways, and the chain runs without
             return self._plain
         self.seconds = time.perf_counter() - start
-        if tensors[0].device.type == "cuda":
+        if tensors and tensors[0].device.type == "cuda":
             self.eager_us = measure.microseconds(lambda: self._plain(*tensors))
             self.compiled_us = measure.microseconds(lambda: compiled(*tensors))
             if self.compiled_us is None or (self.eager_us is not None and self.eager_us <= self.compiled_us):

@@ -19,7 +19,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    """The result has the base's type, whatever the exponent's; a constant square or cube stays a product."""
+    """The result has the base's type, whatever the exponent's."""
     return torch.pow(base, exponent).to(base.dtype)
 
 

@@ -23,14 +23,14 @@ def _add(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     return torch.sum(x, axes, keepdim=keep, dtype=x.dtype)
 
 
-def _integer_mean(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+def _mean(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     if x.is_floating_point():
         return torch.mean(x, axes, keepdim=keep)
     return torch.div(_add(x, axes, keep), math.prod(x.shape[axis] for axis in axes), rounding_mode="trunc")
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    "ReduceMean": _integer_mean,
+    "ReduceMean": _mean,
     "ReduceSum": _add,
     "ReduceMax": lambda x, axes, keep: torch.amax(x, axes, keepdim=keep),
     "ReduceMin": lambda x, axes, keep: torch.amin(x, axes, keepdim=keep),

@@ -71,8 +71,11 @@ class Function:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs."""
-        found = self._programs.get(signature(tensors))
-        return found(tensors) if found is not None else self._trace(tensors)[1]
+        key = signature(tensors)
+        if key not in self._programs:
+            return self._trace(tensors)[1]
+        self._programs.move_to_end(key)
+        return self._programs[key](tensors)
 
     def program(self, tensors: Sequence[Tensor]) -> Executable:
         """Return the program for tensors such as these, made by running it if there is none yet."""
