@@ -25,8 +25,8 @@ from optframe.pipeline import Pipeline
 from optframe.precision import Ranges, Sensitivity
 from optframe.registry import Registry, default_registry
 from optframe.report import RunReport, write_html, write_json
-from optframe.stage_runner import CORE, StageRunner, Worker
 from optframe.stages import DUMP_FOLDER, Run, RunRequest, Source
+from optframe.stages.runner import CORE, StageRunner, Worker
 from optframe.store import Store
 from optframe.types import Feeds, Outputs, Precision
 

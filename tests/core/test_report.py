@@ -27,7 +27,7 @@ from optframe.provenance import NodeOrigin, made_nodes
 from optframe.report import Change, EngineRun, PassRow, RunReport
 from optframe.report import figures as f
 from optframe.report.charts import HISTOGRAM_FROM, curve_chart, latency_chart, op_bars
-from optframe.stage_runner import StageResult
+from optframe.stages.runner import StageResult
 from optframe.types import Illustration, Precision
 
 PNG = b"\x89PNG\r\n\x1a\n not a real picture"

@@ -112,7 +112,7 @@ def test_an_interrupted_run_resumes(model: Path, inputs: Path, tmp_path: Path, m
 
     request = RunRequest(pipeline=PIPELINE, precisions=("fp32",))
     with monkeypatch.context() as patch:
-        patch.setattr("optframe.stages.latency.measure", interrupted)
+        patch.setattr("optframe.stages.engines.latency.measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             api.run(model, options={"inputs": inputs}, request=request, out=tmp_path / "out", store=Store())
     assert not (tmp_path / "out" / "report.json").exists()

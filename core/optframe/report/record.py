@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from optframe.precision import Sensitivity
-    from optframe.stage_runner import StageResult
+    from optframe.stages.runner import StageResult
 
 T = TypeVar("T")
 

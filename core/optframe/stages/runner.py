@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from optframe.store import Store, disk_errors, hash_file, hash_json, hash_tree
 
-CORE_ROOT = Path(__file__).resolve().parent
+CORE_ROOT = Path(__file__).resolve().parents[1]
 
 
 class StageObserver(Protocol):

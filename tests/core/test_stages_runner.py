@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from optframe import stage_runner
 from optframe.errors import InputError
-from optframe.stage_runner import StageResult, StageRunner, Worker, library_versions
+from optframe.stages import runner as stage_runner
+from optframe.stages.runner import StageResult, StageRunner, Worker, library_versions
 from optframe.store import Store
 
 
