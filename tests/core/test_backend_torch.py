@@ -13,12 +13,13 @@ import pytest
 import torch
 from onnx import parser
 
-from optframe.backend import BuildOptions, Engine
+from optframe.backend import BuildOptions, Engine, NamesOptions
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.backends.torch import fuse, measure
 from optframe.backends.torch.backend import TorchBackend, TorchSettings, open_model
 from optframe.backends.torch.runner import TorchRunner
 from optframe.errors import EnvironmentLacks, InputError
+from optframe.registry import default_registry
 
 Array = np.ndarray[Any, Any]
 
@@ -237,3 +238,11 @@ def test_build_and_open(tmp_path: Path) -> None:
         assert runner.run({"x": -floats(2, 6)})["y"].shape == (2, 6)
     with pytest.raises(RuntimeError, match="closed"):
         runner.run({"x": floats(2, 6)})
+
+
+def test_options_of_other_backends_do_not_disturb_it() -> None:
+    """Where several backends run, each is given its own options, which takes that all tell theirs."""
+    for name in ("torch", "onnxruntime"):
+        backend = default_registry().load_backend(name)
+        assert isinstance(backend, NamesOptions)
+        assert "tf32" in backend.option_names

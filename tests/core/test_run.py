@@ -13,6 +13,8 @@ import pytest
 from optframe import api, graph
 from optframe.cli import main
 from optframe.errors import CheckFailed, EnvironmentLacks, InputError
+from optframe.pipeline import Pipeline
+from optframe.registry import default_registry
 from optframe.stages import RunRequest
 from optframe.store import Store
 
@@ -130,6 +132,15 @@ def test_a_changed_option_runs_what_depends_on_it(model: Path, inputs: Path) -> 
     assert cached["export"]
     assert cached["reference"]
     assert not cached["optimize"]
+
+
+def test_the_backend_decides_on_the_pipeline_unless_one_is_given(model: Path, inputs: Path) -> None:
+    def pipeline(given: str | None) -> str:
+        request = RunRequest(pipeline=given, precisions=("fp32",), backends=("torch",))
+        return api.run(model, options={"inputs": inputs}, request=request).runs[0].pipeline
+
+    assert pipeline(None) == str(Pipeline.parse("cuda", default_registry()))
+    assert pipeline("") == ""
 
 
 def test_a_limit_that_is_missed_is_named_with_output_and_figure(model: Path, inputs: Path) -> None:

@@ -66,7 +66,9 @@ class Run:
     ) -> None:
         """`on_work` is told of "samples" calibrated on and "variants" run for the sensitivity, and how many so far."""
         self.context = Context(source, request, registry, runner, on_work or (lambda what, count: None))
-        text = source.adapter.pipeline if request.pipeline is None else request.pipeline
+        text = request.pipeline
+        if text is None:
+            text = wanted_pipeline(source.adapter, registry, request.backends)
         self.pipeline = Pipeline.parse(text, registry)
         self.conversion = Conversion(self.context)
         self.engines = [

@@ -67,6 +67,7 @@ class TorchBackend:
     """Follows `optframe.backend.Backend`. Options: see `TorchSettings`."""
 
     name = "torch"
+    option_names = frozenset(field.name for field in fields(TorchSettings))
 
     def missing(self) -> str | None:
         """Return None if torch is installed, else the command that installs it."""
