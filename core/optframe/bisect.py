@@ -12,6 +12,7 @@ from optframe.errors import CheckFailed, InputError, OptframeError, describe
 from optframe.graph import op_histogram
 from optframe.passes import GraphPass, NearMiss
 from optframe.pipeline import Pipeline
+from optframe.structure import require_wired
 from optframe.types import OpSpec
 from optframe.workpiece import Ran, Workpiece
 
@@ -57,7 +58,9 @@ def explain(model: ir.Model, step: GraphPass, ops: Mapping[str, OpSpec] | None =
 
     Raises:
         CheckFailed: the pass raised.
+        InputError: the model is invalid.
     """
+    require_wired(model)
     kernels = [name for name, spec in (ops or {}).items() if spec.kernel is not None]
     workpiece, before = Workpiece(model.clone()), op_histogram(model, kernels)
     try:

@@ -16,6 +16,7 @@ from optframe.errors import CheckFailed, InputError
 from optframe.provenance import NodeOrigin, node_origin
 from optframe.registry import Registry, default_registry
 from optframe.snapshot import same_tensor
+from optframe.structure import require_wired
 from optframe.types import Outputs
 
 Pair: TypeAlias = "tuple[str | None, str | None]"
@@ -83,10 +84,12 @@ def diff(
     computed. Weights on disk are read only where both models have one of the same name, dtype and shape.
 
     Raises:
-        InputError: a file is no model, or the inputs do not fit.
+        InputError: a file is no model, a model is invalid, or the inputs do not fit.
     """
     registry = registry or default_registry()
     old, new = api.load(a), api.load(b)
+    require_wired(old, "the first model")
+    require_wired(new, "the second model")
     kernels = registry.kernel_ops()
     counts = graph.op_histogram(old, kernels), graph.op_histogram(new, kernels)
     interface = _changes(_interface(old), _interface(new))

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from optframe import graph
 from optframe.checks import open_verifier
-from optframe.errors import CheckFailed, InputError, OptframeError, describe, unknown_name
+from optframe.errors import CheckFailed, OptframeError, describe, unknown_name
 from optframe.execution import Ledger, Plan, execute
 from optframe.numerics import EQUAL, Verdict
 from optframe.passes import GraphPass
@@ -19,7 +19,7 @@ from optframe.pipeline import Pipeline
 from optframe.records import OptimizeResult, PassRecord, Verified
 from optframe.snapshot import Snapshot
 from optframe.stepwise import Gate
-from optframe.structure import wiring_problem
+from optframe.structure import require_wired
 from optframe.types import Feeds, OpSpec
 from optframe.verify import Verifier
 from optframe.workpiece import Workpiece
@@ -59,9 +59,7 @@ def optimize(
         InputError: the model is wired wrongly, a pass cannot be used on it, or no pass is called `stop_after`.
         CheckFailed: a pass raised while nothing was verified, or the result differs although no pass alone did.
     """
-    problem = wiring_problem(model)
-    if problem:
-        raise InputError(f"the model is invalid: {problem}")
+    require_wired(model)
     plan = Plan(
         steps=until(pipeline.steps, stop_after),
         ops=ops or {},

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
+from optframe.errors import InputError
 from optframe.graph import ONNX_DOMAINS
 from optframe.snapshot import Snapshot, ops_of
 from optframe.worker import Worker, WorkerFailure
@@ -32,6 +33,17 @@ def wiring_problem(model: ir.Model) -> str | None:
         for problem in _wiring_problems(graph, {}):
             return where + problem
     return None
+
+
+def require_wired(model: ir.Model, label: str = "the model") -> None:
+    """Refuse a model that `wiring_problem` finds fault with; passes and copies of models rely on this.
+
+    Raises:
+        InputError: the message calls the model `label`.
+    """
+    problem = wiring_problem(model)
+    if problem:
+        raise InputError(f"{label} is invalid: {problem}")
 
 
 def _wiring_problems(graph: ir.Graph, outer: Mapping[str, ir.Value]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,10 +39,17 @@ class ComposeLayout(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Compose in place."""
         surgery = Surgery(model, context)
-        for node in list(model.graph.all_nodes()):
-            last: ir.Node | None = node
+        waiting = deque(model.graph.all_nodes())
+        while waiting:
+            last: ir.Node | None = waiting.popleft()
             while last is not None and last.graph is not None and is_rearrangement(last):
+                before = _chain(last)[:-1]
+                rewrites = surgery.rewrites
                 last = _shorten(surgery, last)
+                if surgery.rewrites > rewrites:  # what else reads them may now read them alone
+                    waiting.extend(
+                        use.node for node in before if node.graph is not None for use in node.outputs[0].uses()
+                    )
         return surgery.result
 
 

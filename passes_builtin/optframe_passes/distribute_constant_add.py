@@ -109,7 +109,11 @@ class _Taker:
         side = None if self.addition is None else surgery.constant_side(self.addition)
         if self.addition is None or side is None:
             return trimmed(addend)
-        bias = self._before_reshape(surgery, surgery.constant(self.addition.inputs[side]))
+        bias = surgery.constant(self.addition.inputs[side])
+        rank = surgery.rank(self.addition.inputs[1 - side])
+        if bias is None or rank is None or bias.ndim > rank:  # it gives the result its rank, as written
+            return None
+        bias = self._before_reshape(surgery, bias)
         if bias is None:
             return None
         return trimmed(bias - addend if self.addition.op_type == "Sub" else bias + addend)

@@ -39,7 +39,7 @@ class DropBroadcast(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Drop in place."""
         surgery = Surgery(model, context)
-        for node in surgery.nodes():
+        for node in reversed(surgery.nodes()):  # one that reads another goes first
             if is_onnx(node, "Expand", "Tile"):
                 _drop(surgery, node)
         return surgery.result

@@ -78,6 +78,7 @@ class FreshNames:
 
     def __init__(self, model: ir.Model) -> None:
         self._uses: Counter[str] = Counter()
+        self._last: Counter[str] = Counter()
         bodies = [function.graph for function in model.functions.values()]
         for graph in [*model.graphs(), *bodies, *(inner for body in bodies for inner in body.subgraphs())]:
             self._uses.update({*graph.initializers, *(value.name for value in graph.inputs if value.name)})
@@ -85,10 +86,10 @@ class FreshNames:
 
     def __call__(self, hint: str) -> str:
         """Return `hint`, or `hint` with a number behind it where that name is taken."""
-        name, number = hint, 0
+        name = hint
         while not name or self._uses[name]:
-            number += 1
-            name = f"{hint}_{number}"
+            self._last[hint] += 1  # goes on where it ended before: thousands of names may share a hint
+            name = f"{hint}_{self._last[hint]}"
         self._uses[name] += 1
         return name
 

@@ -14,7 +14,7 @@ from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.broadcast import of_rank, permutation
 from optframe_passes.edit import Array, is_onnx, remove
 from optframe_passes.reduction import Reduction
-from optframe_passes.surgery import Surgery
+from optframe_passes.surgery import FLOATS, Surgery
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def _reductions(surgery: Surgery, node: ir.Node) -> list[tuple[ir.Node, Reductio
     """Return the readers of `node` if they are all reductions that stand in the same graph."""
     rank = surgery.rank(node.outputs[0]) if len(node.outputs) == 1 else None
     if rank is None or node.outputs[0].is_graph_output():
+        return []
+    if surgery.known.dtype(node.outputs[0]) not in FLOATS:  # a mean of integers is cut off
         return []
     found: list[tuple[ir.Node, Reduction]] = []
     for use in node.outputs[0].uses():

@@ -181,6 +181,7 @@ class _Folding:
             name = self._names(f"{node.outputs[0].name or 'reshape'}_shape")
             node.replace_input_with(1, add_initializer(graph_of(node), name, np.array(target, np.int64)))
             node.attributes.pop("allowzero", None)
+            self.known.visit(node)
             self.rewrites += 1
 
     def _open_target(self, node: ir.Node) -> list[int] | None:

@@ -187,7 +187,8 @@ class _Folding:
         if weight is None or (vector.size != 1 and (axis is None or weight.ndim < 2)):
             return None
         shape = [1] * weight.ndim
-        shape[axis or 0] = vector.size
+        if axis is not None and vector.size > 1:
+            shape[axis] = vector.size
         return self._replaced(node, index, weight * vector.reshape(shape), axis if vector.size > 1 else None)
 
     def _descend(self, node: ir.Node, scale: Array) -> Steps | None:

@@ -210,6 +210,8 @@ def _undo_split(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     axis = _axis(surgery, split, split.inputs[0])
     if axis is not None and _axis(surgery, node, split.inputs[0]) == axis:
         _bypass(surgery, node, split.inputs[0])
+        if node.graph is None and not any(value.uses() or value.is_graph_output() for value in split.outputs):
+            remove([split])
     return None
 
 

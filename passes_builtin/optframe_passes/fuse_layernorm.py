@@ -55,6 +55,8 @@ class FuseLayerNorm(GraphPass):
 
 def _fuse(match: LayerNormMatch, names: FreshNames, context: PassContext) -> bool:
     dims = match.static_dims
+    if dims is not None and 0 in dims:  # onnxruntime's kernel refuses to normalise nothing
+        return False
     if match.scale is None and dims is None:
         context.near_miss(match.nodes[-1], "it has no scale, and the size of one made of ones is not fixed")
         return False

@@ -234,7 +234,9 @@ def _softmax(node: ir.Node, lift: Lift) -> Edit:
     attribute = _plain(node, "axis")
     axis = 1 if attribute is None else attribute.as_int()
     dims = lift.known.dims(node.inputs[0])
-    if dims is not None and axis < 0:
+    if dims is not None and 0 in dims:  # no element, so any axis will do
+        axis = -1
+    elif dims is not None and axis < 0:
         axis += len(dims)
     one_dimension = axis == -1 or (dims is not None and all(dim == 1 for dim in dims[axis + 1 :]) and axis < len(dims))
     if one_dimension:

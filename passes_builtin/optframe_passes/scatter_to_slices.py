@@ -100,6 +100,8 @@ def _of_nd(indices: Array, dims: Sequence[int | str]) -> _Part | None:
         return None
     rows = indices.reshape(-1, depth).astype(np.int64)
     rows = np.where(rows < 0, rows + np.array(sizes), rows)
+    if (rows < 0).any() or (rows >= np.array(sizes)).any():
+        return None
     first, last = rows[0], rows[-1]
     counts = last - first + 1
     open_axes = [axis for axis, (count, size) in enumerate(zip(counts, sizes, strict=True)) if count != size]
@@ -120,6 +122,8 @@ def _of_elements(node: ir.Node, indices: Array, dims: Sequence[int | str]) -> _P
     count = indices.shape[axis]
     normal = np.where(indices < 0, indices + size, indices)
     start = int(normal.flat[0])
+    if start < 0 or start + count > size:
+        return None
     wanted = np.arange(start, start + count).reshape([-1 if index == axis else 1 for index in range(len(dims))])
     return _Part(axis, start, start + count, size) if (normal == wanted).all() else None
 

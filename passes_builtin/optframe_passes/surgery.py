@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
@@ -76,6 +77,7 @@ class Surgery:
         self.rewrites = 0
         self._model = model
         self._copied: set[str | None] = set()
+        self._last_number: Counter[str | None] = Counter()
 
     @cached_property
     def known(self) -> Propagation:
@@ -198,10 +200,10 @@ class Surgery:
 
     def _node_name(self, hint: str | None) -> str | None:
         """Return a name that no node has, made from `hint`; onnxruntime refuses two nodes of one name."""
-        name, number = hint, 0
+        name = hint
         while name in self._node_names:
-            number += 1
-            name = f"{hint}_{number}"
+            self._last_number[hint] += 1
+            name = f"{hint}_{self._last_number[hint]}"
         if name:
             self._node_names.add(name)
         return name
@@ -222,7 +224,8 @@ class Surgery:
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new`, made by a new node, take every use of `old`, its name, and its place among the graph outputs."""
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
+        new.type = new.type if old.type is None else old.type
+        new.shape = new.shape if old.shape is None else old.shape  # that of a scalar is empty, not missing
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name, new.name = new.name, old.name
 

@@ -257,3 +257,19 @@ def test_every_rewrite_is_asked_for() -> None:
     assert result == PassResult(False, 0)
     assert len(asked) == 2
     assert not model.functions
+
+
+def test_a_refused_normalisation_leaves_its_values_untouched() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[2,3,8] x, float[3,8] s) => (float[2,3,8] y)
+        { r = Relu (x) y = LayerNormalization <axis = -2> (r, s) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    result, reasons = apply(FuseLayerNormPlugin(), model)
+    assert not result.modified
+    assert reasons == ["it normalises 2 axes, the plugin op only the last one"]
+    assert model.graph[0].outputs[0].type is None
+
+
+def test_a_rewrite_that_is_not_allowed_leaves_its_values_untouched() -> None:
+    model = parse("r = Relu (x) y = LayerNormalization (r, scale)")
+    assert not apply(FuseLayerNormPlugin(), model, allow_rewrite=lambda _: False)[0].modified
+    assert model.graph[0].outputs[0].type is None

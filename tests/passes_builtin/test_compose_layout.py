@@ -138,3 +138,12 @@ def _random_shape(size: int, random: Any) -> list[int]:
         shape.append(divisor)
         size //= divisor
     return [*shape, size]
+
+
+def test_what_is_read_by_one_chain_fewer_is_looked_at_again(check: Check) -> None:
+    text = (
+        "g (float[2,N] x) => (float[A,B,C,D,E,F] y, float[G,H] z)"
+        "<int64[2] a = {0, 3}, int64[2] b = {1, 5}, int64[2] c = {0, 3}>"
+        "{ u = Unsqueeze (x, a)  y = Unsqueeze (u, b)  s = Squeeze (u, c)  z = Neg (s) }"
+    )
+    assert check(ComposeLayout(), text).ops == {"Reshape": 1, "Neg": 1}

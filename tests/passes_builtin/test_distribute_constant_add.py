@@ -118,6 +118,14 @@ def test_constants_stay(form: str, parse: Parse, weigh: Weigh, check: Check, rng
     assert not reason or any(reason in given for given in outcome.reasons)
 
 
+def test_a_constant_that_raises_the_rank_stays(parse: Parse, weigh: Weigh, check: Check) -> None:
+    text = "g (float[2,4] x, float p, float w, float c) => (float[1,2,3] y)"
+    model = parse(f"{text} {{ a = Add (x, p)  m = MatMul (a, w)  y = Add (m, c) }}")
+    ones = [np.ones(shape, np.float32) for shape in ((4,), (4, 3), (1, 1, 3))]
+    outcome = check(DistributeConstantAdd(), weigh(model, **dict(zip("pwc", ones, strict=True))))
+    assert not outcome.result.modified
+
+
 def test_the_constant_keeps_its_broadcast_shape_and_is_rounded_once(parse: Parse, weigh: Weigh, rng: Any) -> None:
     rows, weight, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 50, 1, 8), (8, 16), (16,)))
     model = parse("""g (float[1,50,67,8] x, float r, float w, float b) => (float[A,B,C,D] y)

@@ -60,3 +60,10 @@ def test_of_two_expands_one_stays(check: Check) -> None:
     body = "e = Expand (a, wide) f = Expand (b, wide) y = Add (e, f)"
     outcome = check(DropBroadcast(), graph(body, "float[1,4] a, float[1,4] b"))
     assert outcome.ops == {"Expand": 1, "Add": 1}
+
+
+def test_one_expansion_of_another_goes_with_it(check: Check) -> None:
+    text = graph("e = Expand (a, wide) f = Tile (e, ones) y = Add (b, f)").replace(
+        "<int64", "<int64[2] ones = {1, 1}, int64", 1
+    )
+    assert check(DropBroadcast(), text).ops == {"Add": 1}

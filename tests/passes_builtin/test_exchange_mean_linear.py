@@ -191,3 +191,20 @@ def test_fp16(op: str, exchanged: bool, parse: Parse, weigh: Weigh, check: Check
         {{ m = MatMul (x, w)  a = Add (m, b)  y = {op} <keepdims = 0> (a, axes) }}""")
     weigh(model, w=rng.standard_normal((8, 4)).astype(np.float16), b=rng.standard_normal(4).astype(np.float16))
     assert check(ExchangeMeanLinear(), model, allowed=1e-2).result.modified == exchanged
+
+
+def test_a_mean_of_integers_is_cut_off_and_stays(check: Check) -> None:
+    text = (
+        "g (int32[3,4] x) => (int32[1,2] y) <int32[4,2] w = {3, -2, 1, 1, -3, 2, 2, 1}, int64[1] a = {0}>"
+        "{ m = MatMul (x, w)  y = ReduceMean (m, a) }"
+    )
+    assert not check(
+        ExchangeMeanLinear(), text, [{"x": np.arange(12, dtype=np.int32).reshape(3, 4) % 5}]
+    ).result.modified
+
+
+def test_a_scalar_output_keeps_its_shape(check: Check) -> None:
+    text = "g (float[N] x) => (float y) { t = Transpose <perm = [0]> (x)  y = ReduceMean <keepdims = 0> (t) }"
+    outcome = check(ExchangeMeanLinear(), text)
+    assert outcome.result.modified
+    assert outcome.model.graph.outputs[0].shape == ()

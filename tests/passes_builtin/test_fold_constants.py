@@ -356,3 +356,9 @@ def test_shapes_are_recorded_with_the_names_of_dimensions(check: Check) -> None:
     assert str(outcome.node("Reshape").outputs[0].shape) == "[N,12]"
     assert outcome.node("Reshape").outputs[0].dtype == ir.DataType.FLOAT
     assert str(outcome.node("Neg").outputs[0].shape) == "[A,B]", "a declared output is the model's interface"
+
+
+def test_a_target_that_became_constant_says_what_shape_it_makes(check: Check) -> None:
+    text = "g (float[6,4] x, int64[1] t) => (float[A] y) <int64[1] t = {-1}> { r = Reshape (x, t)  y = Relu (r) }"
+    outcome = check(FoldConstants(), text, [{"x": np.ones((6, 4), np.float32)}])
+    assert outcome.node("Reshape").outputs[0].shape == (24,)

@@ -212,3 +212,9 @@ def test_inside_subgraphs(check: Check) -> None:
         [{"x": np.array([1, 2], np.float32), "c": np.array(flag)} for flag in (True, False)],
     )
     assert outcome.ops == {"If": 1, "MatMul": 1, "Neg": 1}
+
+
+def test_a_factor_before_a_product_with_a_vector(check: Check, parse: Parse, weigh: Weigh) -> None:
+    text = "g (float[N,5,4] x, float s, float v) => (float[A,B] y) { a = Mul (x, s)  y = MatMul (a, v) }"
+    model = weigh(parse(text), s=np.array(0.5, np.float32), v=np.array([3, -1, 2, 5], np.float32))
+    assert check(FoldScale(), model, allowed=FP32).ops == {"MatMul": 1}

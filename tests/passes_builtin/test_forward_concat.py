@@ -70,3 +70,9 @@ def test_a_gather_with_a_vector_keeps_its_axis(check: Check) -> None:
 )
 def test_left_alone(body: str, inputs: str, check: Check) -> None:
     assert not check(ForwardConcat(), graph(body, inputs=inputs)).result.modified
+
+
+def test_a_split_of_a_concat_goes_with_the_concat_of_its_parts(check: Check) -> None:
+    body = "r = Relu (a) c = Concat <axis = 1> (r) s, t = Split <axis = 1> (c, i0) y = Concat <axis = 1> (s, t)"
+    text = graph(body).replace("<int64 i0", "<int64[2] sizes = {1, 3}, int64 i0").replace("(c, i0)", "(c, sizes)")
+    assert check(ForwardConcat(), text).ops == {"Relu": 1, "Concat": 1}

@@ -402,3 +402,8 @@ def test_inlining_that_is_not_allowed_changes_nothing() -> None:
     before = ir.to_proto(model).SerializeToString()
     assert fuse(model, allow_rewrite=lambda _: False)[0] == PassResult(False, 0)
     assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_a_normalisation_of_no_elements_stays() -> None:
+    model = parse(Form(opset=17, scale=None, bias=None).text().replace("float[2, 3, 4, 5]", "float[2, 3, 4, 0]"))
+    assert not fuse(model)[0].modified

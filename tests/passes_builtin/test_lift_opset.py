@@ -363,3 +363,8 @@ def test_foreign_ops_stay(parse: Parse) -> None:
     model = parse(text, 10, functions=FUNCTION)
     LiftOpset().run(model, PassContext())
     assert [node.op_type for node in model.graph if node.op_type != "Constant"] == ["Clip", "Unheard"]
+
+
+def test_a_softmax_of_no_elements_needs_no_matrix(check: Check) -> None:
+    text = "g (float[0,4,1] x) => (float[0,4,1] y) { y = Softmax <axis = 0> (x) }"
+    assert check(LiftOpset(), text, opset=11).ops == {"Softmax": 1}

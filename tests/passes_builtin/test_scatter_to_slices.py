@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from optframe.passes import PassContext
 from optframe_passes.scatter_to_slices import ScatterToSlices
 
 Array = np.ndarray[Any, Any]
@@ -132,3 +133,11 @@ def test_dynamic_axes_beside_the_slice(parse: Parse, weigh: Weigh, check: Check)
     text = f"g (float[4,N] x, float[2,N] u, int64[2,1] i) => (float[4,N] y) <{NUMBERS}> {{ y = ScatterND (x, i, u) }}"
     outcome = check(ScatterToSlices(), weigh(parse(text), i=box(range(2))))
     assert outcome.ops == {"Split": 1, "Concat": 1}
+
+
+@pytest.mark.parametrize("index", [4, -5])
+def test_indices_beyond_the_tensor_stay_the_runtime_s_matter(index: int, parse: Parse) -> None:
+    for scattered in (f"ScatterND (x, i, u) <{index}>", f"ScatterElements <axis = 0> (x, i, u) <{index}>"):
+        call = scattered.rpartition(" ")[0]
+        model = parse(f"g (float[4,1] x, float[1,1] u) => (float[4,1] y) <int64[1,1] i = {{{index}}}> {{ y = {call} }}")
+        assert not ScatterToSlices().run(model, PassContext()).modified

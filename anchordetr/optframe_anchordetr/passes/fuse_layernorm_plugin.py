@@ -13,7 +13,8 @@ from optframe.graph import opset
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe.types import OpSpec
 from optframe_anchordetr.ops import DOMAIN, LAYER_NORM, MINIMUM_OPSET, SKIP_LAYER_NORM
-from optframe_anchordetr.passes.sampled_shapes import ensure_type, sampled_shapes
+from optframe_anchordetr.passes.calls import may_call
+from optframe_anchordetr.passes.sampled_shapes import sampled_shapes
 from optframe_passes.edit import FreshNames, graph_of, is_onnx
 from optframe_passes.layernorm_matcher import LayerNormMatch, find_layernorms, inline_layernorms
 from optframe_passes.propagate import Propagation
@@ -49,9 +50,7 @@ class FuseLayerNormPlugin(GraphPass):
             if too_old:
                 context.near_miss(match.nodes[-1], f"the plugin op needs opset {MINIMUM_OPSET}: run lift-opset first")
                 continue
-            for value in (match.x, match.scale, match.bias):
-                ensure_type(value, known)
-            rewrites += _fuse(model, spec, _with_casts(match, known), names, context)
+            rewrites += _fuse(model, spec, _with_casts(match, known), known, names, context)
         return PassResult(rewrites > 0, rewrites)
 
 
@@ -78,22 +77,19 @@ def _with_casts(match: LayerNormMatch, known: Propagation) -> _Call:
     target = ir.DataType(narrow.attributes.get_int("to", 0))
     if match.dtype != ir.DataType.FLOAT or target not in HALVES or known.dtype(original) != target:
         return plain
-    ensure_type(original, known)
     only_here = not match.x.is_graph_output() and {*match.x.consumers()} <= {*match.nodes}
     before = (widen,) if only_here and widen.graph is match.nodes[-1].graph else ()
     return _Call(match, original, narrow.outputs[0], (*before, *match.nodes, narrow))
 
 
-def _fuse(model: ir.Model, spec: OpSpec, call: _Call, names: FreshNames, context: PassContext) -> bool:
+def _fuse(
+    model: ir.Model, spec: OpSpec, call: _Call, known: Propagation, names: FreshNames, context: PassContext
+) -> bool:
     match, last = call.match, call.match.nodes[-1]
     if match.axis != -1:
         context.near_miss(last, f"it normalises {-match.axis} axes, the plugin op only the last one")
         return False
-    reason = ops.refusal(spec, [call.x, match.scale, match.bias])
-    if reason is not None:
-        context.near_miss(last, reason)
-        return False
-    if not context.allow(last):
+    if not may_call(spec, [call.x, match.scale, match.bias], known, last, context):
         return False
     parameters = [None if value is None else match.parameter(value, names) for value in (match.scale, match.bias)]
     node = ops.call(model, spec, [call.x, *parameters], {"epsilon": match.epsilon})
@@ -133,13 +129,11 @@ def _fuse_sum(model: ir.Model, spec: OpSpec, norm: ir.Node, known: Sequence[Prop
         return False
     x, skip = add.inputs
     parameters = norm.inputs[1:]
-    for value in (x, skip):
-        ensure_type(value, known[0])
-    reason = _obstacle(add, norm, known) or ops.refusal(spec, [x, skip, *parameters])
+    reason = _obstacle(add, norm, known)
     if reason is not None:
         context.near_miss(norm, reason)
         return False
-    if not context.allow(norm):
+    if not may_call(spec, [x, skip, *parameters], known[0], norm, context):
         return False
     node = ops.call(model, spec, [x, skip, *parameters], {"epsilon": norm.attributes["epsilon"].as_float()})
     # The new node takes the place of the sum, which others may read before the normalisation.

@@ -15,6 +15,7 @@ from optframe.graph import opset
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe.types import OpSpec
 from optframe_anchordetr.ops import DOMAIN, MINIMUM_OPSET, RCDA
+from optframe_anchordetr.passes.calls import may_call
 from optframe_anchordetr.passes.layouts import (
     MOVING,
     Group,
@@ -29,7 +30,7 @@ from optframe_anchordetr.passes.layouts import (
     reshape_target,
     shape_of,
 )
-from optframe_anchordetr.passes.sampled_shapes import ensure_type, sampled_shapes
+from optframe_anchordetr.passes.sampled_shapes import sampled_shapes
 from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, small_constant
 from optframe_passes.propagate import Propagation
 from optframe_passes.shape_data import Dim
@@ -448,13 +449,8 @@ def _fuse(
     except _Mismatch as mismatch:
         context.near_miss(core.outer, str(mismatch))
         return False
-    for source in plan.inputs.values():
-        ensure_type(source.value, samples[0])
-    reason = ops.refusal(spec, [plan.inputs[name].value if name in plan.inputs else None for name in CANONICAL])
-    if reason is not None:
-        context.near_miss(core.outer, reason)
-        return False
-    if not context.allow(core.outer):
+    inputs = [plan.inputs[name].value if name in plan.inputs else None for name in CANONICAL]
+    if not may_call(spec, inputs, samples[0], core.outer, context):
         return False
     _rewrite(model, spec, plan, names, context)
     return True

@@ -39,9 +39,3 @@ def _size(dim: ir.SymbolicDim, sizes: dict[object, int], index: int) -> int:
     """Return the size of dimension `dim`: multiples of 32, as detectors want them; no two alike in any way."""
     place = len(sizes)
     return sizes.setdefault(dim.value or object(), 32 * (7 + 2 * place, 8 + 4 * place)[index])
-
-
-def ensure_type(value: ir.Value | None, known: Propagation) -> None:
-    """Write the type that is known of `value` to it if it has none."""
-    if value is not None and value.type is None:
-        value.type = known.type_of(value)

@@ -31,7 +31,9 @@ def bisect(
         float | None, typer.Option(help="Largest absolute difference of an output that is right.", min=0.0)
     ] = None,
     inputs: shared.Inputs = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that the script may take; more is wrong.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that the script may take; more is wrong.", min=0.0)
+    ] = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Find the first pass of --pipeline after which MODEL.onnx is no longer right, then the single rewrite in it.
