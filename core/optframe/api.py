@@ -319,7 +319,8 @@ def run(
         execution = Run(source, request or RunRequest(), registry, runner, on_work)
         result = execution.execute(command)
         if dump is not None and DUMP_FOLDER in execution.artefacts:
-            files.copy(execution.artefacts.pop(DUMP_FOLDER), dump)
+            for entry in execution.artefacts.pop(DUMP_FOLDER).iterdir():
+                files.copy(entry, Path(dump) / entry.name)
         if target is not None:
             _publish(result, execution.artefacts, target)
     return result

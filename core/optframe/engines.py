@@ -33,7 +33,7 @@ def read_facts(engine: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): build the engine again") from error
     if not isinstance(facts, dict):
         raise InputError(f"{path} is damaged: build the engine again")
@@ -47,6 +47,8 @@ def find(path: Path, backend: str | None = None, device: str = "auto") -> Engine
         InputError: there is no such file, or nothing says what it is.
     """
     facts = read_facts(path)
+    if not all(isinstance(facts.get(entry, ""), str) for entry in ("backend", "precision", "device")):
+        raise InputError(f"{sidecar(path)} is damaged: build the engine again")
     name = backend or facts.get("backend") or ("onnxruntime" if path.suffix == ONNX_SUFFIX else None)
     if name is None:
         raise InputError(f"{path} has no {sidecar(path).name} beside it, which says what it is: copy both files")
@@ -66,7 +68,7 @@ def signature(path: Path) -> ir.Model:
     try:
         profile = (facts.get("profiles") or [{}])[0]
         inputs = [_input(tensor, profile) for tensor in facts["inputs"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{sidecar(path)} does not tell the engine's inputs: build the engine again") from error
     return ir.Model(ir.Graph(inputs, inputs, nodes=[], opset_imports={"": 18}, name=path.name), ir_version=10)
 

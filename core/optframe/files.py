@@ -26,6 +26,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind, advice = (EnvironmentLacks, "free space") if full else (InputError, "choose a folder that can be written")
+        if error.errno == errno.EISDIR:
+            advice = "name a file in it"
         raise kind(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 
@@ -67,13 +69,13 @@ def make_folder(path: Path) -> Path:
 
 
 def copy(source: Path, target: Path) -> Path:
-    """Copy a file or a folder to `target`, in whose place nothing old remains.
+    """Copy a file or a folder to `target`, in whose place nothing old remains; a file takes the place of no folder.
 
     Raises:
         InputError: the folder cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    with writing(target), _replacing(target) as temporary:
+    with writing(target), _replacing(target, folders=source.is_dir()) as temporary:
         if source.is_dir():
             shutil.copytree(source, temporary)
         else:
@@ -82,12 +84,15 @@ def copy(source: Path, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a name in a temporary folder beside `path`; what is there at the end takes the place of `path`."""
+def _replacing(path: Path, *, folders: bool = False) -> Iterator[Path]:
+    """Yield a name in a temporary folder beside `path`; what is there at the end takes the place of `path`.
+
+    A folder at `path` is an error without `folders`: a file never takes its place, and what is in it would be lost.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}.") as folder:
         temporary = Path(folder) / "new"
         yield temporary
-        if path.is_dir() and not path.is_symlink():
+        if folders and path.is_dir() and not path.is_symlink():
             os.replace(path, Path(folder) / "old")  # a folder cannot be renamed onto one that is not empty
         os.replace(temporary, path)

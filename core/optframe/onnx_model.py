@@ -97,8 +97,8 @@ class OnnxFileModel:
             return self._images
         if not self._samples:
             raise InputError(
-                "int8 needs data to calibrate on: pass --inputs FILE.npz or --calibration-images DIR, "
-                "or --precision fp32,fp16"
+                "int8 needs data to calibrate on: pass --inputs FILE.npz or a folder of images "
+                "(`run`: --calibration-images DIR, `calibrate`: --images DIR), or leave int8 out of --precision"
             )
         return self._samples[:-2] or self._samples[:-1] or self._samples
 

@@ -144,9 +144,17 @@ class KernelSpec:
     launch: str
 
     def read_source(self) -> str:
-        """Return the CUDA source text."""
+        """Return the CUDA source text.
+
+        Raises:
+            PluginError: there is no such file in the package.
+        """
         package, _, relative = self.source.partition(":")
-        return resources.files(package).joinpath(relative).read_text(encoding="utf-8")
+        try:
+            return resources.files(package).joinpath(relative).read_text(encoding="utf-8")
+        except (OSError, ImportError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"cannot read the CUDA source '{self.source}': {reason}") from error
 
     def launch_rule(self) -> LaunchRule:
         """Return the launch rule."""
@@ -208,8 +216,15 @@ class OpSpec:
         return function
 
     def infer(self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
-        """Return shapes and dtypes of the outputs; an optional input that is absent is None or left out at the end."""
+        """Return shapes and dtypes of the outputs; an optional input that is absent is None or left out at the end.
+
+        Raises:
+            PluginError: the shape rule does not give one `TensorInfo` for each output. Whatever the rule raises, too.
+        """
         infos: tuple[TensorInfo, ...] = load_target(self.shape_rule)(inputs, attributes)
+        if not isinstance(infos, tuple) or [type(info) for info in infos] != [TensorInfo] * len(self.outputs):
+            wanted = f"a tuple of {len(self.outputs)} TensorInfo"
+            raise PluginError(f"the shape rule of {self.identifier} gives {str(infos)[:80]}, not {wanted}")
         return infos
 
 

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from optframe.errors import InputError
 from optframe.precision import Histogram, Ranges, calibrate, calibration, calibrator_text, hash_feeds, load_ranges
+from optframe.precision.ranges import TensorRange
 from optframe_trt.calibrators import EntropyCalibrator, MinMaxCalibrator, PercentileCalibrator
 
 Array = np.ndarray[Any, Any]
@@ -224,3 +225,25 @@ def test_a_histogram_takes_half_precision_and_large_arrays(rng: np.random.Genera
 def test_a_histogram_refuses_what_is_not_finite(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         Histogram().add(np.array([1.0, bad, 2.0], np.float32))
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -1.0, 1e300, "x", [1]])
+def test_a_threshold_that_is_no_magnitude_is_refused(tmp_path: Path, threshold: object) -> None:
+    ranges = Ranges({"x": TensorRange(1.0, {1: (0.5,)})}, {"g": (2.0,)}, "model", "data", "entropy", 1, {"x": (1,)})
+    path = ranges.save(tmp_path / "ranges.json")
+    assert load_ranges(path) == ranges
+    document = json.loads(path.read_text())
+    for change in (
+        {"tensors": {"x": {"threshold": threshold, "means": {}}}},
+        {"tensors": {"x": {"threshold": 1.0, "means": {"1": [threshold if threshold != -1.0 else "x"]}}}},
+        {"equalization": {"g": [threshold if threshold != -1.0 else "x"]}},
+    ):
+        path.write_text(json.dumps({**document, **change}))
+        with pytest.raises(InputError, match="holds no INT8 ranges"):
+            load_ranges(path)
+
+
+def test_a_file_of_brackets_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="holds no INT8 ranges"):
+        load_ranges(tmp_path / "deep.json")

@@ -157,6 +157,25 @@ def test_a_file_that_was_cut_off_is_refused_before_any_work(length: int, capsys:
     assert "optimize" not in error
 
 
+def test_what_cannot_be_written_or_found_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/a.txt").write_text("mine")
+    call("calibrate", "five.onnx", "--inputs", "in.npz", "-o", "photos", status=2)
+    assert "photos is a folder: name a file in it" in capsys.readouterr().err
+    assert Path("photos/a.txt").read_text() == "mine"
+    call("calibrate", "five.onnx", "--inputs", "in.npz", "-o", "r.json", "--sensitivity", "--error", "0", status=2)
+    error = capsys.readouterr().err
+    assert "ask for one above 0" in error
+    assert "optimize" not in error
+
+
+def test_a_dump_leaves_what_is_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/a.txt").write_text("mine")
+    call("run", "five.onnx", "--precision", "fp32", "--dump", "photos", "--out", "report", "--pipeline", "clean")
+    assert Path("photos/a.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -37,3 +37,25 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatc
         files.write_text(path, "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
     assert path.read_text() == "old"
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "inside").mkdir(parents=True)
+    source = files.write_text(tmp_path / "source", "x")
+    for write in (
+        lambda: files.write_text(photos, "x"),
+        lambda: files.write_bytes(photos, b"x"),
+        lambda: files.copy(source, photos),
+    ):
+        with pytest.raises(InputError, match=r"photos: Is a directory; name a file in it"):
+            write()
+    assert (photos / "inside").is_dir()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["photos", "source"]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "new" / "a", "new")
+    files.write_text(tmp_path / "old" / "b", "old")
+    files.copy(tmp_path / "new", tmp_path / "old")
+    assert [entry.name for entry in (tmp_path / "old").iterdir()] == ["a"]

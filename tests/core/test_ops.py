@@ -14,7 +14,7 @@ import pytest
 
 from optframe import graph, ops
 from optframe.errors import InputError, PluginError
-from optframe.types import OpAttribute, OpParameter, OpSpec, TensorInfo
+from optframe.types import KernelSpec, OpAttribute, OpParameter, OpSpec, TensorInfo
 
 
 def shift_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
@@ -174,3 +174,9 @@ def test_infinite_defaults_do_not_stop_a_call() -> None:
     x = tensor("x")
     model = chain([x], attributes=[{"amount": math.inf}])
     assert np.isinf(run(model, x=X)[0]).all()
+
+
+@pytest.mark.parametrize("source", ["optframe:nowhere.cu", "no_such_package:kernel.cu"])
+def test_a_kernel_without_source_is_named(source: str) -> None:
+    with pytest.raises(PluginError, match=f"cannot read the CUDA source '{source}'"):
+        KernelSpec(source, "a:b").read_source()

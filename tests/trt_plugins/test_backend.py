@@ -20,7 +20,7 @@ from optframe.engines import sidecar
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.passes import PASS_KEY
 from optframe.stages import RunRequest
-from optframe.types import OpSpec, Precision, TensorInfo
+from optframe.types import OpSpec, Precision
 from optframe_anchordetr.ops import LAYER_NORM
 from optframe_trt import flavours
 from optframe_trt.backend import TensorRTBackend, TensorRTRTXBackend
@@ -29,9 +29,22 @@ needs_rtx = pytest.mark.skipif(not flavours.is_installed("tensorrt-rtx"), reason
 NODE = "encoder.norm"
 
 
-def wrong_rank(inputs: list[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
-    """A shape rule that raises."""
+SHAPE_RULES = """
+from dataclasses import replace
+
+def raises(inputs, attributes):
     raise ValueError("no idea")
+
+def one_wider(inputs, attributes):
+    return (replace(inputs[0], shape=(*inputs[0].shape[:-1], inputs[0].shape[-1] + 1)),)
+
+def one_too_many(inputs, attributes):
+    return (inputs[0], inputs[0])
+
+def nothing(inputs, attributes):
+    pass
+"""
+"""A module of shape rules that are wrong, for the process that builds to import."""
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +165,18 @@ def test_without_plugins_the_function_is_inlined(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_float64_that_becomes_float32_is_told(tmp_path: Path) -> None:
+    x = ir.val("x", ir.DataType.DOUBLE, (2, 3))
+    relu = ir.node("Relu", [x], name="relu")
+    y = relu.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.DOUBLE, ir.Shape((2, 3))
+    model = ir.Model(ir.Graph([x], [y], nodes=[relu], opset_imports={"": 18}, name="g"), ir_version=10)
+    engine = build(tmp_path, model)
+    assert [tensor["dtype"] for tensor in facts(engine)["inputs"]] == ["float32"]
+    assert any("has no float64: x, y are float32" in warning for warning in engine.warnings)
+
+
+@needs_rtx
 def test_builds_are_byte_identical_and_may_be_for_several_gpus(tmp_path: Path) -> None:
     first, second = (build(tmp_path / name, small_model()).path.read_bytes() for name in "ab")
     assert first == second
@@ -194,7 +219,7 @@ def test_settings_reach_the_builder(tmp_path: Path) -> None:
         ("fp16", {}, "no float16 tensors"),
         ("int8", {}, "no QuantizeLinear"),
         ("fp32", {"plugins": "optframe.anchordetr::LayerNrm"}, "did you mean 'optframe.anchordetr::LayerNorm'"),
-        ("fp32", {"compute_capability": "sm75"}, "unknown compute capability of tensorrt-rtx 'sm75'"),
+        ("fp32", {"compute_capability": "sm75"}, "tensorrt-rtx builds nothing for 'sm75', only for sm80"),
         ("fp32", {"version_compatible": "true"}, "no version-compatible engines"),
         ("fp32", {"profile": "batch=1"}, "every input of the model has a fixed shape"),
     ],
@@ -243,9 +268,22 @@ def test_a_crash_of_the_parser_is_a_finding(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_a_wrong_shape_rule_is_told_with_its_node(tmp_path: Path) -> None:
-    broken = replace(LAYER_NORM, shape_rule=f"{__name__}:wrong_rank")
-    with pytest.raises(PluginError) as raised:
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("raises", "ValueError: no idea"),
+        ("one_wider", r"its shape rule gives 'y' shape \[2, 6, 33\], its function \[2, 6, 32\]"),
+        ("one_too_many", "not a tuple of 1 TensorInfo"),
+        ("nothing", "gives None, not a tuple of 1 TensorInfo"),
+    ],
+)
+def test_a_wrong_shape_rule_is_told_with_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, message: str
+) -> None:
+    (tmp_path / "wrong_shape_rules.py").write_text(SHAPE_RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = replace(LAYER_NORM, shape_rule=f"wrong_shape_rules:{rule}")
+    with pytest.raises(PluginError, match=message) as raised:
         build(tmp_path, small_model(), known={broken.identifier: broken})
     assert f"node '{NODE}'" in str(raised.value)
 

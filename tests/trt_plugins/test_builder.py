@@ -139,6 +139,16 @@ def test_profiles_reach_the_config() -> None:
     assert [profile.shapes for profile in config.profiles] == [{"x0": ((1, 3), (2, 3), (4, 3))}] * 2
 
 
+def test_a_profile_that_tensorrt_raises_at_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Profile, name: str, *shapes: Any) -> None:
+        raise RuntimeError("Shape provided for min is inconsistent with other shapes.")
+
+    monkeypatch.setattr(Profile, "set_shape", refuse)
+    _, made = make("tensorrt", (10, 13), Config())
+    with pytest.raises(InputError, match=r"refuses the profile x0: \(1,\) to \(4,\)"):
+        builder._add_profiles(made, Config(), network(False), ({"x0": ShapeRange((1,), (2,), (4,))},))  # type: ignore[arg-type]
+
+
 def test_a_profile_that_tensorrt_refuses_is_an_error() -> None:
     _, made = make("tensorrt", (10, 13), Config())
     ranges = {"x0": ShapeRange((1,), (2,), (4,))}

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from optframe import ops
+from optframe.errors import InputError
 from optframe_anchordetr.ops import LAYER_NORM, SKIP_LAYER_NORM
 from optframe_trt import calls
 from optframe_trt.fields import INPUTS
@@ -81,3 +82,11 @@ def test_calls_inside_functions_are_found() -> None:
 def test_an_op_of_onnx_keeps_its_name_from_the_plugin() -> None:
     assert calls.plugin_name(LAYER_NORM) == "LayerNorm"
     assert calls.plugin_name(replace(LAYER_NORM, name="LayerNormalization")) == "LayerNormalizationPlugin"
+
+
+def test_an_attribute_of_another_type_is_refused() -> None:
+    odd = model(scale=True, bias=True)
+    odd.graph[0].name = "norm"
+    odd.graph[0].attributes.add(ir.AttrInt64("epsilon", 1))
+    with pytest.raises(InputError, match=r"node 'norm': attribute 'epsilon' of .* is int, and has to be float"):
+        calls.prepare(odd, [SKIP_LAYER_NORM])

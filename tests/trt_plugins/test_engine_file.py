@@ -1,13 +1,14 @@
 """The facts beside an engine, and what is said of an engine that cannot run here."""
 
 import json
+import math
 import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from optframe import environment, store
+from optframe import engines, environment, store
 from optframe.engines import sidecar
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe_anchordetr.ops import LAYER_NORM
@@ -32,7 +33,7 @@ def make(tmp_path: Path, **changes: object) -> tuple[Path, EngineFacts]:
         outputs=(TensorFacts("y", "float32", (-1, 5)),),
         plugins={LAYER_NORM.identifier: 1},
         kernels=(KernelFacts("norm", "layernorm", 86, (8, 8), (12, 9), "ab"),),
-        profiles=({"x": {"min": [1, 3], "opt": [2, 3], "max": [4, 3]}},),
+        profiles=({"x": {"min": (1, 3), "opt": (2, 3), "max": (4, 3)}},),
         settings={"version_compatible": False},
         layers={"norm": ("norm",)},
         origins={"norm": Origin("LayerNormalization", "encoder.norm", ("a", "b"), ("fuse-layernorm",))},
@@ -68,7 +69,12 @@ def test_an_engine_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     ("change", "message"),
     [
         (lambda text: text[:-40], "is damaged"),
-        (lambda text: text.replace('"targets"', '"aims"'), r"is damaged \(KeyError"),
+        (lambda text: text.replace('"targets"', '"aims"'), r"is damaged \(TypeError: targets is missing"),
+        (lambda text: text.replace('"sm86"', "86"), r"is damaged \(TypeError: targets\[0\] is no str"),
+        (lambda text: text.replace('"size": 600', '"size": "600"'), r"is damaged \(TypeError: size is no int"),
+        (lambda text: text.replace('"hashes": {', '"hashes": [], "was": {'), r"is damaged \(TypeError: hashes is no"),
+        (lambda text: text.replace('"precision": "fp16"', '"precision": "fp8"'), "is damaged"),
+        (lambda text: "[" * 100_000, "is damaged"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "written by another optframe"),
         (lambda text: "[]", "is damaged"),
     ],
@@ -79,6 +85,34 @@ def test_damaged_facts_are_refused(tmp_path: Path, change: object, message: str)
     path.write_text(change(path.read_text()))  # type: ignore[operator]
     with pytest.raises(InputError, match=message):
         engine_file.read(engine)
+
+
+def test_facts_without_a_hash_are_of_no_engine(tmp_path: Path) -> None:
+    engine, facts = make(tmp_path, hashes={})
+    with pytest.raises(InputError, match="is not the engine that"):
+        engine_file.check_file(engine, facts)
+
+
+@pytest.mark.parametrize("entry", ["backend", "precision", "device"])
+def test_nothing_can_be_found_by_damaged_facts(tmp_path: Path, entry: str) -> None:
+    engine, facts = make(tmp_path)
+    path = engine_file.write(engine, facts)
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: [1]}))
+    with pytest.raises(InputError, match="is damaged"):
+        engines.find(engine)
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan, None, "x", [1]])
+def test_a_signature_needs_sizes(tmp_path: Path, size: object) -> None:
+    engine, facts = make(tmp_path)
+    path = engine_file.write(engine, facts)
+    profiles = [{"x": {"opt": [size, 3]}}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "profiles": profiles}))
+    if size in (None, "x"):
+        assert engines.signature(engine).graph.inputs[0].shape is not None  # a dimension that is free
+        return
+    with pytest.raises(InputError, match="does not tell the engine's inputs"):
+        engines.signature(engine)
 
 
 def test_missing_files_are_told(tmp_path: Path) -> None:

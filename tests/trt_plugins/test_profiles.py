@@ -41,6 +41,8 @@ def test_a_static_model_needs_none() -> None:
         ("batch=1x2,height=8,width=8", "is a dimension and takes sizes"),
         ("images=1x3x8x8,batch=2,mask=2x8x8", "says two things of dimension 'batch'"),
         ("batch", "is no part of a profile"),
+        ("batch=1,height=8,width=8,batch=2", "names 'batch' twice"),
+        ("batch=1/1/3000000000,height=8,width=8", "sizes are at most 2147483647"),
     ],
 )
 def test_what_contradicts_the_graph_is_refused(text: str, message: str) -> None:

@@ -22,7 +22,7 @@ from optframe.types import KernelLaunch, OpSpec, TensorInfo
 from optframe_trt import calls, dims, fields, kernels
 from optframe_trt.fields import Value
 from optframe_trt.flavours import Flavour
-from optframe_trt.meaning import output_dtypes
+from optframe_trt.meaning import check_shapes, output_dtypes
 from optframe_trt.plugin_v3 import our_dtype, trt_type
 from optframe_trt.registration import Registration, keep_errors
 
@@ -147,6 +147,9 @@ class AotPlugin:
             for point in ("min", "opt", "max")
         ]
         spread = [self._spread(shapes, dtypes) for shapes in points]
+        for shapes, results in zip(points, expected, strict=True):
+            known = {n: TensorInfo(shape, dtypes[n]) for n, shape in zip(self.present, shapes, strict=True)}
+            check_shapes(self.spec, known, results, attributes)
         concrete = kernels.choose_launch(self.spec, list(zip(spread, expected, strict=True)), attributes)
         traced = self._trace(tensors, dtypes, attributes, points[1])
         self._check(traced, points, spread, attributes)

@@ -115,7 +115,8 @@ class TensorRTBackend:
                 timing_cache=_timing_cache(flavour, settings),
             )
             result = _build(flavour, request, loaded, Path(scratch) / "worker.log")
-        facts = _facts(engine, request, result, loaded, _remarks(flavour, request, options.precision))
+        remarks = [*_remarks(flavour, request, options.precision), *_narrowed(loaded)]
+        facts = _facts(engine, request, result, loaded, remarks)
         engine_file.write(engine.path, facts)
         return Engine(engine.path, self.name, options.precision, "cuda", facts.warnings)
 
@@ -194,6 +195,13 @@ def _remarks(flavour: Flavour, request: BuildRequest, precision: Precision) -> l
     if precision == "int8" and flavour.can.int8_remark:
         remarks.append(flavour.can.int8_remark)
     return remarks
+
+
+def _narrowed(model: ir.Model) -> list[str]:
+    """Return that inputs and outputs of float64 have become float32, of which the parser says nothing."""
+    values = (*model.graph.inputs, *model.graph.outputs)
+    names = [value.name or "" for value in values if value.dtype == ir.DataType.DOUBLE]
+    return [f"TensorRT has no float64: {', '.join(names)} are float32 in the engine"] if names else []
 
 
 def _facts(

@@ -230,13 +230,17 @@ def _add_profiles(
         profile = builder.create_optimization_profile()
         for name, shapes in ranges.items():
             sizes: tuple[Any, Any, Any] = (shapes.min, shapes.opt, shapes.max)  # the stubs want Dims
-            profile.set_shape(name, *sizes)
+            try:
+                profile.set_shape(name, *sizes)
+            except RuntimeError as error:
+                raise _profile_error(ranges) from error
         if config.add_optimization_profile(profile) < 0:
-            raise InputError(f"TensorRT refuses the profile {_described(ranges)}; see whether min, opt and max fit")
+            raise _profile_error(ranges)
 
 
-def _described(ranges: Profile) -> str:
-    return ", ".join(f"{name}: {shapes.min} to {shapes.max}" for name, shapes in ranges.items())
+def _profile_error(ranges: Profile) -> InputError:
+    described = ", ".join(f"{name}: {shapes.min} to {shapes.max}" for name, shapes in ranges.items())
+    return InputError(f"TensorRT refuses the profile {described}; see whether min, opt and max fit")
 
 
 def _build_error(flavour: Flavour, log: Log) -> InputError:

@@ -9,6 +9,7 @@ import onnx.defs
 import onnx_ir as ir
 
 from optframe import ops
+from optframe.errors import InputError
 from optframe.types import OpSpec
 from optframe_trt.fields import INPUTS
 
@@ -55,13 +56,14 @@ def prepare(model: ir.Model, specs: Sequence[OpSpec], *, aot: bool = False) -> i
     `optframe_trt.aot` registers.
 
     Raises:
-        InputError: a function cannot be inlined.
+        InputError: a function cannot be inlined, or an attribute is not of the type that its op declares.
     """
     identifiers = {spec.identifier for spec in specs}
     ops.inline_functions(model, keep=identifiers)
     ops.strip_functions(model, identifiers)
     count = 0
     for node, spec in list(calls(model, specs)):
+        _check_attributes(node, spec)
         present = present_inputs(spec, node)
         _fill_outputs(node, len(spec.outputs))
         _drop_absent_inputs(node)
@@ -75,6 +77,17 @@ def prepare(model: ir.Model, specs: Sequence[OpSpec], *, aot: bool = False) -> i
             node.attributes.add(ir.AttrString(INPUTS, ",".join(present)))
         count += 1
     return count
+
+
+def _check_attributes(node: ir.Node, spec: OpSpec) -> None:
+    """See that the node's attributes have the declared types: TensorRT hands plugins their bytes, whatever they are."""
+    for name, attribute in spec.attributes.items():
+        given = node.attributes.get(name)
+        if given is not None and given.type.name.lower() != attribute.type:
+            raise InputError(
+                f"node '{node.name}': attribute '{name}' of {spec.identifier} is {given.type.name.lower()}, "
+                f"and has to be {attribute.type}"
+            )
 
 
 def _fill_outputs(node: ir.Node, count: int) -> None:

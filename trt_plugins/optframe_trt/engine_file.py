@@ -12,7 +12,7 @@ from optframe import environment, files, store
 from optframe.engines import sidecar
 from optframe.errors import EnvironmentLacks, InputError
 from optframe.types import Precision
-from optframe_trt import flavours
+from optframe_trt import flavours, typed_json
 from optframe_trt.builder import KernelFacts, TensorFacts
 from optframe_trt.layers import Origin
 from optframe_trt.settings import present_target
@@ -91,30 +91,9 @@ def read(engine: Path) -> EngineFacts:
             raise InputError(
                 f"{path} was written by another optframe (format {data['format']}): build the engine again"
             )
-        return _facts(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return typed_json.read(EngineFacts, data)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): build the engine again") from error
-
-
-def _facts(data: Mapping[str, Any]) -> EngineFacts:
-    names = ("backend", "version", "precision", "size", "hashes", "plugins", "embedded", "settings", "format")
-    return EngineFacts(
-        **{name: data[name] for name in names},
-        targets=tuple(data["targets"]),
-        inputs=tuple(TensorFacts(t["name"], t["dtype"], tuple(t["shape"])) for t in data["inputs"]),
-        outputs=tuple(TensorFacts(t["name"], t["dtype"], tuple(t["shape"])) for t in data["outputs"]),
-        kernels=tuple(
-            KernelFacts(**{**k, "isa": (k["isa"][0], k["isa"][1]), "nvrtc": (k["nvrtc"][0], k["nvrtc"][1])})
-            for k in data["kernels"]
-        ),
-        profiles=tuple(data["profiles"]),
-        layers={name: tuple(nodes) for name, nodes in data["layers"].items()},
-        origins={
-            name: Origin(o["op"], o["module"], tuple(o["exported"]), tuple(o["made_by"]))
-            for name, o in data["origins"].items()
-        },
-        warnings=tuple(data["warnings"]),
-    )
 
 
 def check_file(engine: Path, facts: EngineFacts) -> None:
@@ -126,7 +105,7 @@ def check_file(engine: Path, facts: EngineFacts) -> None:
     size = engine.stat().st_size
     if size < facts.size:
         raise InputError(f"{engine} is cut off: {size} of {facts.size} bytes; copy or build it again")
-    if size != facts.size or store.hash_file(engine) != facts.hashes["engine"]:
+    if size != facts.size or store.hash_file(engine) != facts.hashes.get("engine"):
         raise InputError(f"{engine} is not the engine that {sidecar(engine).name} describes: copy or build both again")
 
 

@@ -1,15 +1,15 @@
-"""Types of an op's outputs, read off its meaning in standard ops: TensorRT asks for them before it tells shapes."""
+"""Types and shapes of an op's outputs, read off its meaning in standard ops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
 from optframe import ops
 from optframe.errors import PluginError
-from optframe.types import OpSpec
+from optframe.types import OpSpec, TensorInfo
 from optframe_trt.fields import Value
 
 _OPSET = 18
@@ -39,6 +39,27 @@ def output_dtypes(spec: OpSpec, dtypes: Mapping[str, str], attributes: Mapping[s
             f"the function of {spec.identifier} does not tell the types of its outputs for {dict(dtypes)}"
         )
     return tuple(_OUR_NAMES.get(kind.name, kind.name.lower()) for kind in kinds)
+
+
+def check_shapes(
+    spec: OpSpec, inputs: Mapping[str, TensorInfo], outputs: Sequence[TensorInfo], attributes: Mapping[str, Value]
+) -> None:
+    """See that the shape rule's `outputs` for `inputs`, by name, have the sizes that ONNX infers of the op's function.
+
+    A size that it does not infer is not compared.
+
+    Raises:
+        PluginError: a size differs, which would become the shape of the engine's tensor.
+    """
+    values = {name: ir.val(name, onnx_type(info.dtype), info.shape) for name, info in inputs.items()}
+    proto = ir.to_proto(calling_model(spec, values, attributes))
+    for value, info in zip(onnx.shape_inference.infer_shapes(proto).graph.output, outputs, strict=True):
+        if not value.type.tensor_type.HasField("shape"):
+            continue
+        dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim]
+        if len(dims) != len(info.shape) or any(d not in (None, s) for d, s in zip(dims, info.shape, strict=True)):
+            meant = ["?" if dim is None else dim for dim in dims]
+            raise PluginError(f"its shape rule gives '{value.name}' shape {list(info.shape)}, its function {meant}")
 
 
 def calling_model(spec: OpSpec, inputs: Mapping[str, ir.Value], attributes: Mapping[str, Value]) -> ir.Model:

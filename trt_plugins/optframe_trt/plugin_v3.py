@@ -17,7 +17,7 @@ from optframe.types import OpSpec, TensorInfo
 from optframe_trt import dims, fields, kernels
 from optframe_trt.calls import plugin_name
 from optframe_trt.driver import PreparedLaunch
-from optframe_trt.meaning import output_dtypes
+from optframe_trt.meaning import check_shapes, output_dtypes
 from optframe_trt.registration import Registration, keep_errors
 
 _DTYPES = {
@@ -148,6 +148,9 @@ class PluginV3:
         for point in ("min", "opt", "max"):
             given, expected = ([self._info(d.desc, getattr(d, point)) for d in ds] for ds in (inputs, outputs))
             points.append((self._spread(given), expected))
+        for infos, results in points:
+            known = {p.name: info for p, info in zip(self.spec.inputs, infos, strict=True) if info is not None}
+            check_shapes(self.spec, known, results, self.call.attributes)
         launch = kernels.choose_launch(self.spec, points, self.call.attributes)
         kernel = kernels.compile_kernel(self.spec, launch, self.registration.targets)
         if kernel not in self.call.kernels:

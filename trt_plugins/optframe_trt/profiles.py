@@ -24,6 +24,9 @@ class ShapeRange:
     max: Shape
 
 
+LARGEST = 2**31 - 1
+"""TensorRT multiplies sizes in 64 bits, and refuses tensors far smaller than this size squared."""
+
 Profile = Mapping[str, ShapeRange]
 """Input name -> its shapes, for every dynamic input."""
 
@@ -61,7 +64,11 @@ def resolve(text: str, inputs: Mapping[str, Sequence[Dim]]) -> tuple[Profile, ..
 
 
 def _resolve_one(text: str, dynamic: Mapping[str, Sequence[Dim]], inputs: Mapping[str, Sequence[Dim]]) -> Profile:
-    given = dict(_entries(text))
+    given: dict[str, tuple[Shape, Shape, Shape]] = {}
+    for name, shapes in _entries(text):
+        if name in given:
+            raise InputError(f"the profile names '{name}' twice; several profiles are given by --profile each")
+        given[name] = shapes
     symbols = {dim for dims in dynamic.values() for dim in dims if isinstance(dim, str)}
     for name in given:
         if name not in symbols and name not in inputs:
@@ -96,6 +103,8 @@ def _range(name: str, dims: Sequence[Dim], given: Mapping[str, tuple[Shape, Shap
                 f"profile of input '{name}': {_show(shape)} contradicts the graph, which has {_show(dims)}"
             )
     _check_symbols(name, dims, given, (low, usual, high))
+    if max((*low, *usual, *high), default=0) > LARGEST:
+        raise InputError(f"profile of input '{name}': sizes are at most {LARGEST}")
     if any(not a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
         raise InputError(
             f"profile of input '{name}': min {_show(low)}, opt {_show(usual)}, max {_show(high)} do not rise"

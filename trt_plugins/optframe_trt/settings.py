@@ -15,6 +15,9 @@ from optframe_trt.flavours import Flavour
 
 ALL, NONE = "all", "none"
 
+MOST_WORKSPACE = 2**30
+"""MiB: a petabyte. TensorRT counts bytes in 64 bits."""
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -71,8 +74,8 @@ class BuildSettings:
         where = f"{flavour.name} {flavour.version}"
         if not 0 <= self.optimization_level <= flavour.can.optimization_levels:
             raise InputError(f"optimization_level is 0 to {flavour.can.optimization_levels}: {self.optimization_level}")
-        if self.workspace < 0:
-            raise InputError(f"workspace is a number of MiB, not {self.workspace}")
+        if not 0 <= self.workspace <= MOST_WORKSPACE:
+            raise InputError(f"workspace is a number of MiB up to {MOST_WORKSPACE}, not {self.workspace}")
         if self.version_compatible and not flavour.can.version_compatible:
             raise InputError(f"{where} builds no version-compatible engines: leave version_compatible out")
         if self.timing_cache and not flavour.can.timing_cache:
@@ -102,7 +105,7 @@ def choose_targets(flavour: Flavour, wanted: str) -> tuple[str, ...]:
         words = [word.strip().lower() for word in wanted.split(",")]
         for word in words:
             if word not in known:
-                raise unknown_name(f"compute capability of {flavour.name}", word, known)
+                raise InputError(f"{flavour.name} builds nothing for '{word}', only for {', '.join(known)}")
         return tuple(name for name in known if name in words)
     if present is None:
         return tuple(known)

@@ -15,7 +15,7 @@ from optframe import api, files
 from optframe.commands import options as shared
 from optframe.commands.progress import Progress
 from optframe.commands.run import read_model_options
-from optframe.errors import CheckFailed
+from optframe.errors import CheckFailed, InputError
 from optframe.precision import DEFAULT_ERROR, DEFAULT_RUNS, Ranges, Sensitivity
 from optframe.report.figures import number, percent
 from optframe.report.verdict import proposal_text
@@ -72,6 +72,10 @@ def calibrate(
         sensitivity=error if sensitivity else None,
         sensitivity_runs=runs,
     )
+    if sensitivity and error <= 0:
+        raise InputError(f"--error {error:g}: INT8 always causes an error; ask for one above 0")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: name a file in it, such as {output / 'ranges.json'}")
     files.make_folder(output.parent)
     progress = Progress(session)
     with progress.observing():

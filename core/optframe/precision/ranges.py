@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from optframe.precision.calibrator import Calibrator, calibrator_text
 from optframe.types import Feeds
 
 FORMAT = 1
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ def load_ranges(path: Path) -> Ranges:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read INT8 ranges from {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} holds no INT8 ranges: it is no JSON; calibrate again") from error
     try:
         return _read(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} holds no INT8 ranges of format {FORMAT}; calibrate again") from error
 
 
@@ -108,7 +110,7 @@ def _read(document: Mapping[str, object]) -> Ranges:
         raise ValueError("another format")
     return Ranges(
         tensors={name: _read_tensor(entry) for name, entry in document["tensors"].items()},  # type: ignore[attr-defined]
-        equalization={name: tuple(map(float, group)) for name, group in document["equalization"].items()},  # type: ignore[attr-defined]
+        equalization={name: _finite(group) for name, group in document["equalization"].items()},  # type: ignore[attr-defined]
         model=str(document["model"]),
         data=str(document["data"]),
         calibrator=str(document["calibrator"]),
@@ -119,8 +121,21 @@ def _read(document: Mapping[str, object]) -> Ranges:
 
 def _read_tensor(entry: Mapping[str, object]) -> TensorRange:
     threshold = entry["threshold"]
-    means = {int(axis): tuple(map(float, values)) for axis, values in entry["means"].items()}  # type: ignore[attr-defined]
-    return TensorRange(None if threshold is None else float(threshold), means)  # type: ignore[arg-type]
+    means = {int(axis): _finite(values) for axis, values in entry["means"].items()}  # type: ignore[attr-defined]
+    if threshold is None:
+        return TensorRange(None, means)
+    (magnitude,) = _finite([threshold])
+    if magnitude < 0:
+        raise ValueError("a threshold below zero")
+    return TensorRange(magnitude, means)
+
+
+def _finite(values: Iterable[Any]) -> tuple[float, ...]:
+    """Return numbers as floats; INT8 scales and biases are made of them, in float32."""
+    numbers = tuple(map(float, values))
+    if not all(abs(number) <= _LARGEST for number in numbers):  # NaN neither
+        raise ValueError("a number that is not finite in float32")
+    return numbers
 
 
 class DataHash:
