@@ -45,7 +45,7 @@ def render_html(report: RunReport) -> str:
         "report": report,
         "headline": verdict.headline(report),
         "warnings": verdict.all_warnings(report),
-        "gains": verdict.gains(report),
+        "gains": verdict.paying(report),
         "fastest": _fastest(report),
         "ops": op_bars(report.op_histogram.exported, report.op_histogram.optimized),
         "latencies": latency_chart(report),

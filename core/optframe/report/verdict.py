@@ -84,6 +84,11 @@ def proposal_text(found: Sensitivity) -> str:
     return f"For an error over response of {error}, with {share} of all FLOPs in INT8, keep {layers}: {kept}"
 
 
+def paying(report: RunReport) -> list[str]:
+    """Return those of `gains` that tell of a gain; the others are among the warnings."""
+    return [text for run in report.runs for pays, text in [_gain(report, run)] if pays and text]
+
+
 def _gain(report: RunReport, run: EngineRun) -> tuple[bool, str]:
     """Return whether `run` pays, and the sentence that says so; no sentence where there is nothing to compare."""
     missed = [finding for finding in run.findings if finding.missed]
@@ -154,7 +159,6 @@ def cached_latencies(report: RunReport) -> list[str]:
 
 def summary_lines(report: RunReport) -> list[str]:
     """Return the plain text that follows the table on a terminal: headline, what pays, notes, warnings."""
-    pays = [text for run in report.runs for good, text in [_gain(report, run)] if good and text]
     proposal = [proposal_text(report.sensitivity)] if report.sensitivity else []
-    lines = [headline(report), *pays, *cached_latencies(report), *proposal, *report.notes]
+    lines = [headline(report), *paying(report), *cached_latencies(report), *proposal, *report.notes]
     return lines + [f"warning: {text}" for text in all_warnings(report)]
