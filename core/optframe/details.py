@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -58,20 +58,6 @@ class DetailedRunner(Protocol):
     def details(self, feeds: Feeds) -> EngineDetails:
         """Run on `feeds` a number of times and return what was measured."""
         ...
-
-
-def from_json(data: Mapping[str, Any]) -> EngineDetails:
-    """Return the details that were written as `asdict`."""
-    return EngineDetails(
-        series={name: Series(**figures) for name, figures in data["series"].items()},
-        throughput_per_s=data["throughput_per_s"],
-        layers=tuple(
-            LayerTime(each["name"], each["milliseconds"], tuple(each["nodes"]), tuple(each["modules"]))
-            for each in data["layers"]
-        ),
-        warnings=tuple(data["warnings"]),
-        layer_information=data["layer_information"],
-    )
 
 
 def summarize(samples: Mapping[str, Sequence[float]], seconds: float) -> EngineDetails:

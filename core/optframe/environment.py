@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of `distributions` that are installed."""
+    found = {name: version(name) for name in distributions}
+    return {name: number for name, number in found.items() if number}
 
 
 def _requirements(distribution: metadata.Distribution) -> list[str]:

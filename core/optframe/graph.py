@@ -20,6 +20,11 @@ OpId: TypeAlias = tuple[str, str, str]
 """Domain, op type and overload, as a node names its op and as a function is found."""
 
 ONNX_DOMAINS = ("", "ai.onnx")
+RANDOM_OPS = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Ops of ONNX that draw numbers, by which node they are; Dropout is not one in inference."""
+
 EXTERNAL_THRESHOLD_BYTES = 1 << 31
 """A protobuf message ends at 2 GiB: larger models are saved with their weights beside them."""
 

@@ -17,18 +17,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS, OpId
+from optframe.graph import ONNX_DOMAINS, RANDOM_OPS, OpId
 from optframe.snapshot import Snapshot, consumed, is_weight, ops_of, raw_bytes, same_tensor, subgraphs
 
 COMPARE_DOMAIN = "optframe.compare"
 
 REACH = 16
 """How many nodes further on a moved tensor may be back in its place; beyond that the model's outputs decide."""
-
-RANDOM_OPS = frozenset(
-    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
-"""Ops whose results may differ from node to node."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +345,7 @@ def _is_constant(node: onnx.NodeProto) -> bool:
 
 def _is_repeatable(node: onnx.NodeProto) -> bool:
     """Whether an equal node makes equal tensors, and can be found by its bytes: no random op, no subgraph."""
-    return node.op_type not in RANDOM_OPS and not any(subgraphs(node))
+    return node.op_type not in RANDOM_OPS | {"Dropout"} and not any(subgraphs(node))
 
 
 def _key(node: onnx.NodeProto) -> bytes:

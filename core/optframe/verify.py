@@ -14,8 +14,9 @@ import onnx
 
 from optframe.comparison import RunFailed, compare_pairs
 from optframe.exchange import Exchange
+from optframe.graph import RANDOM_OPS
 from optframe.numerics import EQUAL, Verdict, compare, of_all_inputs, of_all_tensors, tolerance
-from optframe.region import RANDOM_OPS, MergedModel, MergeError, Pair, Program
+from optframe.region import MergedModel, MergeError, Pair, Program
 from optframe.samples import Sample, Sampler, run
 from optframe.snapshot import Snapshot, ops_of
 from optframe.structure import Inspector, is_fixed, tensor_type
@@ -259,7 +260,7 @@ class Verifier:
         proto = self._original.proto
         bodies = [proto.graph.node, *(function.node for function in self._original.functions.values())]
         ops = {op for nodes in bodies for _, op, _ in ops_of(nodes)}
-        return sorted(ops & (RANDOM_OPS - {"Dropout"}))  # Dropout does nothing in inference
+        return sorted(ops & RANDOM_OPS)
 
     def _amplifies(self, sample: Sample) -> bool:
         disturbed = self._sampler.disturbed(sample)

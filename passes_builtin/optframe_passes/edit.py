@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS, constant_tensor
+from optframe.graph import ONNX_DOMAINS, RANDOM_OPS, constant_tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-RANDOM_OPS = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
-"""Ops of ONNX whose outputs differ from run to run."""
 
 
 def onnx_version(model: ir.Model) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from optframe import details
+from optframe import details, typed_json
 from optframe.details import EngineDetails, LayerTime
 
 
@@ -56,4 +56,4 @@ def test_details_survive_json() -> None:
     told = EngineDetails(
         summary.series, 3.0, (LayerTime("conv", 0.5, ("a",), ("m",)),), summary.warnings, {"Layers": ["conv"]}
     )
-    assert details.from_json(json.loads(json.dumps(asdict(told)))) == told
+    assert typed_json.read(details.EngineDetails, json.loads(json.dumps(asdict(told)))) == told

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from optframe import typed_json
 from optframe.errors import InputError, OptframeError
 from optframe.registry import default_registry
 from optframe_trt import worker
@@ -56,8 +57,8 @@ RESULT = BuildResult(
 def test_requests_and_results_survive_json(tmp_path: Path) -> None:
     wanted = request(tmp_path)
     assert wanted.plugins, "the installed plugins register ops"
-    assert worker.request_from_json(json.loads(json.dumps(worker.request_to_json(wanted)))) == wanted
-    assert worker.result_from_json(json.loads(json.dumps(asdict(RESULT)))) == RESULT
+    assert typed_json.read(BuildRequest, json.loads(json.dumps(worker.request_to_json(wanted)))) == wanted
+    assert typed_json.read(BuildResult, json.loads(json.dumps(asdict(RESULT)))) == RESULT
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: Any, stdin: str = "") -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optframe import environment, files, store
+from optframe import environment, files, store, typed_json
 from optframe.engines import sidecar
 from optframe.errors import EnvironmentLacks, InputError
 from optframe.types import Precision
-from optframe_trt import flavours, typed_json
+from optframe_trt import flavours
 from optframe_trt.builder import KernelFacts, TensorFacts
 from optframe_trt.layers import Origin
 from optframe_trt.settings import present_target

@@ -18,23 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from optframe import errors
+from optframe import errors, typed_json
 from optframe.errors import InputError, OptframeError, describe
-from optframe.types import KernelSpec, OpAttribute, OpParameter, OpSpec
 from optframe_trt.builder import (
     BuildRequest,
     BuildResult,
     Cancelled,
-    KernelFacts,
-    LayerFacts,
-    TensorFacts,
     UnsupportedNodes,
     build,
 )
 from optframe_trt.preflight import Unsupported
-from optframe_trt.profiles import ShapeRange
 from optframe_trt.progress import Tell
-from optframe_trt.settings import BuildSettings
 
 CANCEL_SECONDS = 30.0
 """How long a cancelled build may take to notice: TensorRT asks between its steps."""
@@ -113,7 +107,7 @@ def _result(reply: Mapping[str, Any]) -> BuildResult:
     if "error" in reply:
         kind = getattr(errors, reply["kind"], OptframeError)
         raise kind(reply["error"])
-    return result_from_json(reply["result"])
+    return typed_json.read(BuildResult, reply["result"])
 
 
 def _crash(status: int, log: Path) -> InputError:
@@ -127,68 +121,14 @@ def _crash(status: int, log: Path) -> InputError:
 
 
 def request_to_json(request: BuildRequest) -> dict[str, Any]:
-    """Return `request` as data for JSON."""
+    """Return `request` as data for JSON, which `typed_json.read` reads."""
     paths = {name: str(value) for name, value in vars(request).items() if isinstance(value, Path)}
     return {**asdict(request), **paths}
 
 
-def request_from_json(data: Mapping[str, Any]) -> BuildRequest:
-    """Return the request that `request_to_json` wrote."""
-    return BuildRequest(
-        flavour=data["flavour"],
-        source=Path(data["source"]),
-        model=Path(data["model"]),
-        engine=Path(data["engine"]),
-        settings=BuildSettings(**data["settings"]),
-        targets=tuple(data["targets"]),
-        plugins=tuple(_op(op) for op in data["plugins"]),
-        aot=data["aot"],
-        profiles=tuple(
-            {name: ShapeRange(*(tuple(shapes[which]) for which in ("min", "opt", "max"))) for name, shapes in p.items()}
-            for p in data["profiles"]
-        ),
-        timing_cache=Path(data["timing_cache"]) if data["timing_cache"] else None,
-    )
-
-
-def _op(data: Mapping[str, Any]) -> OpSpec:
-    def parameter(given: Mapping[str, Any]) -> OpParameter:
-        return OpParameter(**{**given, "dtypes": tuple(given["dtypes"])})
-
-    def attribute(given: Mapping[str, Any]) -> OpAttribute:
-        default = given["default"]
-        return OpAttribute(given["type"], tuple(default) if isinstance(default, list) else default)
-
-    return OpSpec(
-        **{
-            **data,
-            "inputs": tuple(map(parameter, data["inputs"])),
-            "outputs": tuple(map(parameter, data["outputs"])),
-            "attributes": {name: attribute(given) for name, given in data["attributes"].items()},
-            "kernel": KernelSpec(**data["kernel"]) if data["kernel"] else None,
-        }
-    )
-
-
-def result_from_json(data: Mapping[str, Any]) -> BuildResult:
-    """Return the result that was written as `asdict`."""
-    tensors = {
-        name: tuple(TensorFacts(t["name"], t["dtype"], tuple(t["shape"])) for t in data[name])
-        for name in ("inputs", "outputs")
-    }
-    kernels = (KernelFacts(**{**k, "isa": tuple(k["isa"]), "nvrtc": tuple(k["nvrtc"])}) for k in data["kernels"])
-    return BuildResult(
-        version=data["version"],
-        **tensors,
-        layers=tuple(LayerFacts(**layer) for layer in data["layers"]),
-        kernels=tuple(kernels),
-        warnings=tuple(data["warnings"]),
-    )
-
-
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Do one build: the worker's side."""
-    request = request_from_json(json.loads(requests.readline()))
+    request = typed_json.read(BuildRequest, json.loads(requests.readline()))
     stop = threading.Event()
     threading.Thread(target=_listen, args=(requests, stop), daemon=True).start()
 

@@ -125,8 +125,7 @@ class OnnxRuntimeBackend:
 
     def versions(self) -> Mapping[str, str]:
         """Return the version of whichever onnxruntime distributions are installed."""
-        found = {name: environment.version(name) for name in DISTRIBUTIONS}
-        return {name: version for name, version in found.items() if version}
+        return environment.versions(DISTRIBUTIONS)
 
     def check(self, options: BuildOptions) -> None:
         """Check the settings and the device that `options` ask for.

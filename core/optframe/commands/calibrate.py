@@ -14,7 +14,7 @@ from rich.text import Text
 from optframe import api, files
 from optframe.commands import options as shared
 from optframe.commands.progress import Progress
-from optframe.commands.run import read_model_options
+from optframe.commands.run import model_options
 from optframe.errors import CheckFailed, InputError
 from optframe.precision import DEFAULT_ERROR, DEFAULT_RUNS, Ranges, Sensitivity
 from optframe.report.figures import number, percent
@@ -63,8 +63,7 @@ def calibrate(
         "checkpoint": checkpoint,
         "shape": shared.read_shape(shape) if shape else None,
     }
-    options = {name: value for name, value in chosen.items() if value is not None}
-    options |= read_model_options(shared.read_pairs(model_option, "--model-option"), model, session.registry)
+    options = model_options(chosen, model_option, model, session.registry)
     request = RunRequest(
         pipeline=pipeline,
         calibrator=calibrator,

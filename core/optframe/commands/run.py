@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -122,8 +123,7 @@ def run(
         "calibration_images": calibration_images,
         "inputs": inputs,
     }
-    options = {name: value for name, value in chosen.items() if value is not None}
-    options |= read_model_options(shared.read_pairs(model_option, "--model-option"), model, session.registry)
+    options = model_options(chosen, model_option, model, session.registry)
     request = RunRequest(
         precisions=shared.read_precisions(precision)
         if precision
@@ -170,7 +170,17 @@ def default_precisions(model: str, data: Path | None) -> tuple[Precision, ...]:
     return PRECISIONS
 
 
-def read_model_options(texts: dict[str, str], model: str, registry: Registry) -> dict[str, Any]:
+def model_options(chosen: Mapping[str, Any], texts: list[str] | None, model: str, registry: Registry) -> dict[str, Any]:
+    """Return the model's options: those of `chosen` that were given, by flags of their own, and `--model-option`.
+
+    Raises:
+        InputError: a `--model-option` is not NAME=VALUE, or its value not of its option's type.
+    """
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return given | _read_model_options(shared.read_pairs(texts, "--model-option"), model, registry)
+
+
+def _read_model_options(texts: dict[str, str], model: str, registry: Registry) -> dict[str, Any]:
     """Return `--model-option` values with the types of the model's options; unknown names are left to the API.
 
     Raises:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from optframe import accuracy, details, environment, feeds, flops, graph, latency
+from optframe import accuracy, environment, feeds, flops, graph, latency, typed_json
 from optframe.accuracy import Limits, OutputError
 from optframe.backend import (
     Backend,
@@ -18,7 +18,7 @@ from optframe.backend import (
     Engine,
     NamesOptions,
 )
-from optframe.details import DetailedRunner
+from optframe.details import DetailedRunner, EngineDetails
 from optframe.errors import EnvironmentLacks, OptframeError, unknown_name
 from optframe.latency import Latency
 from optframe.report import EngineRun
@@ -140,7 +140,7 @@ class EngineStages:
         profiled = self._profile(built, engine)
         latency_facts = Latency(**read_json(profiled.folder / FACTS_FILE))
         path = profiled.folder / DETAILS_FILE
-        told = details.from_json(read_json(path)) if path.is_file() else None
+        told = typed_json.read(EngineDetails, read_json(path)) if path.is_file() else None
         return replace(run, latency=latency_facts, latency_cached=profiled.cached, details=told)
 
     def _build(self, model: Path, label: str, options: BuildOptions) -> StageResult:
@@ -164,9 +164,18 @@ class EngineStages:
             workers=[self.worker, *self.context.owners("op", options.ops)],
         )
 
-    def _machine(self, engine: Engine) -> dict[str, object]:
-        """Return what figures of `engine` hold for."""
-        return {"machine": environment.machine_name(engine.device), "versions": self.backend.versions()}
+    def _on_engine(self, stage: str, action: Callable[[Path], None], built: StageResult, engine: Engine) -> StageResult:
+        """Run a stage that opens `engine` and feeds it; what it finds holds for this machine and these versions."""
+        inputs, options = self.context.key("feeds")
+        place = {"machine": environment.machine_name(engine.device), "versions": self.backend.versions()}
+        return self.context.runner.run(
+            stage,
+            action,
+            label=built.label,
+            inputs={"engine": built.folder, **inputs},
+            options=options | place,
+            workers=[self.context.source.worker, self.worker],
+        )
 
     def _verify(self, built: StageResult, engine: Engine) -> list[dict[str, Any]]:
         """Return the engine's outputs for every real input."""
@@ -176,43 +185,19 @@ class EngineStages:
                 samples = [runner.run(feed) for feed in self.context.adapter.feeds()]
             feeds.save_samples(folder / SAMPLES_FILE, samples)
 
-        inputs, options = self.context.key("feeds")
-        result = self.context.runner.run(
-            "verify",
-            action,
-            label=built.label,
-            inputs={"engine": built.folder, **inputs},
-            options={
-                **options,
-                "machine": environment.machine_name(engine.device),
-                "versions": self.backend.versions(),
-            },
-            workers=[self.context.source.worker, self.worker],
-        )
-        return feeds.load_samples(result.folder / SAMPLES_FILE)
+        return feeds.load_samples(self._on_engine("verify", action, built, engine).folder / SAMPLES_FILE)
 
     def _profile(self, built: StageResult, engine: Engine) -> StageResult:
         def action(folder: Path) -> None:
+            feed = self.context.adapter.feeds()[0]
             with self.backend.open(engine) as runner:
-                measured = latency.measure(runner, self.context.adapter.feeds()[0], device=engine.device)
-                told = runner.details(self.context.adapter.feeds()[0]) if isinstance(runner, DetailedRunner) else None
+                measured = latency.measure(runner, feed, device=engine.device)
+                told = runner.details(feed) if isinstance(runner, DetailedRunner) else None
             write_json(folder / FACTS_FILE, asdict(measured))
             if told is not None:
                 write_json(folder / DETAILS_FILE, asdict(told))
 
-        inputs, options = self.context.key("feeds")
-        return self.context.runner.run(
-            "profile",
-            action,
-            label=built.label,
-            inputs={"engine": built.folder, **inputs},
-            options={
-                **options,
-                "machine": environment.machine_name(engine.device),
-                "versions": self.backend.versions(),
-            },
-            workers=[self.context.source.worker, self.worker],
-        )
+        return self._on_engine("profile", action, built, engine)
 
 
 def _load_engine(built: StageResult) -> Engine:

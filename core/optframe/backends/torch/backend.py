@@ -77,8 +77,7 @@ class TorchBackend:
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of torch, and of CuPy and Triton where they are installed."""
-        found = {name: environment.version(name) for name in DISTRIBUTIONS}
-        return {name: version for name, version in found.items() if version}
+        return environment.versions(DISTRIBUTIONS)
 
     def check(self, options: BuildOptions) -> None:
         """Check the settings and the device that `options` ask for.
@@ -99,9 +98,10 @@ class TorchBackend:
         """
         settings = TorchSettings.parse(options.options)
         device = choose_device(options.device)
-        check_precision(model, graph.load(model), options.precision)
-        _prepare(graph.load(model), device, settings)
-        engine = Engine(graph.save(graph.load(model), folder / "model.onnx"), self.name, options.precision, device)
+        loaded = graph.load(model)
+        check_precision(model, loaded, options.precision)
+        _prepare(graph.load(model), device, settings)  # its own copy, which it changes
+        engine = Engine(graph.save(loaded, folder / "model.onnx"), self.name, options.precision, device)
         files.write_text(_settings_path(engine.path), json.dumps(asdict(settings), indent=1))
         return engine
 

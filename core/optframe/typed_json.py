@@ -7,6 +7,7 @@ import typing
 from collections import abc
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
 Kind = TypeVar("Kind")
@@ -15,7 +16,8 @@ Kind = TypeVar("Kind")
 def read(kind: type[Kind], data: object) -> Kind:
     """Return the dataclass `kind` that `data`, as `json.loads` returned it, describes; unknown names are left out.
 
-    Fields may be of simple types, dataclasses, tuples, mappings and sequences of such, Literal, Union and Any.
+    Fields may be of simple types, Path (text in JSON), dataclasses, tuples, mappings and sequences of such, Literal,
+    Union and Any.
 
     Raises:
         TypeError: a value is missing or not of its field's type; the message names it like "inputs[0].shape".
@@ -29,6 +31,8 @@ def _value(kind: Any, data: object, where: str) -> Any:
         return data
     if is_dataclass(kind):
         return _dataclass(kind, data, where)
+    if kind is Path:
+        return Path(_checked(isinstance(data, str), data, kind, where))
     if origin is Literal:
         return _checked(isinstance(data, str) and data in arguments, data, kind, where)
     if origin in (Union, types.UnionType):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from optframe_trt import typed_json
+from optframe import typed_json
 
 
 @dataclass(frozen=True)
