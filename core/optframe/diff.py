@@ -13,10 +13,10 @@ from optframe import api, flops, graph, numerics
 from optframe.accuracy import OutputError
 from optframe.api import FeedsLike, ModelLike
 from optframe.errors import CheckFailed, InputError
+from optframe.gate.structure import require_wired
 from optframe.provenance import NodeOrigin, node_origin
 from optframe.registry import Registry, default_registry
 from optframe.snapshot import same_tensor
-from optframe.structure import require_wired
 from optframe.types import Outputs
 
 Pair: TypeAlias = "tuple[str | None, str | None]"

@@ -22,7 +22,7 @@ from optframe.hookspec import PROJECT
 from optframe.types import BackendSpec, CalibratorSpec, CommandSpec, ModelSpec, OpSpec, PassSpec, PipelineSpec
 
 if TYPE_CHECKING:
-    from optframe.records import PassRecord
+    from optframe.gate.records import PassRecord
 
 Spec = ModelSpec | PassSpec | PipelineSpec | OpSpec | CalibratorSpec | BackendSpec | CommandSpec
 SpecT = TypeVar("SpecT", bound=Spec, covariant=True)

@@ -23,6 +23,7 @@ from optframe import graph, numerics, ops
 from optframe.backends.onnxruntime import OnnxRuntimeRunner, SessionSettings, create_session
 from optframe.dialect import GraphSurgeonView
 from optframe.errors import InputError
+from optframe.gate.structure import foreign_domains, interface_problem, wiring_problem
 from optframe.graph import ONNX_DOMAINS
 from optframe.host import PluginHost
 from optframe.passes import SCOPE_KEY, GraphPass, PassContext, PassResult
@@ -30,7 +31,6 @@ from optframe.pipeline import Pipeline
 from optframe.provenance import node_origin
 from optframe.registry import Registry
 from optframe.snapshot import Snapshot
-from optframe.structure import foreign_domains, interface_problem, wiring_problem
 from optframe.types import Feeds, OpSpec, Outputs, PassSpec, TensorInfo
 
 Array = np.ndarray[Any, Any]

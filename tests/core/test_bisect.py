@@ -8,8 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 import pytest
 
-from optframe.bisect import BisectResult, bisect, explain
 from optframe.errors import InputError
+from optframe.gate.bisect import BisectResult, bisect, explain
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe.pipeline import Pipeline
 

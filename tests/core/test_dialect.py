@@ -14,10 +14,10 @@ from optframe import dialect, graph
 from optframe.dialect import GraphSurgeonView
 from optframe.errors import InputError
 from optframe.gate import OptimizeResult, optimize
+from optframe.gate.structure import wiring_problem
 from optframe.passes import ORIGIN_KEY, PASS_KEY, GraphPass, PassContext, PassResult
 from optframe.pipeline import Pipeline
 from optframe.snapshot import Snapshot
-from optframe.structure import wiring_problem
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18, "local" : 3, "unused.domain" : 7], producer_name: "exporter",

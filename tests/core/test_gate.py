@@ -663,7 +663,7 @@ def test_a_full_disk_leaves_passes_unverified(monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("optframe.exchange.Exchange._write", full)
+    monkeypatch.setattr("optframe.gate.exchange.Exchange._write", full)
     result = run(parse(MLP), DropIdentities())
     assert result.records[0].verified == "unverified"
     assert "No space left on device" in result.records[0].reason

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from optframe.comparison_nodes import compare_nodes, figures, guarded_nodes
+from optframe.gate.comparison_nodes import compare_nodes, figures, guarded_nodes
 from optframe.numerics import EQUAL, Verdict, compare, of_all_inputs, of_all_tensors, relative_difference, tolerance
 
 NAN, INF = math.nan, math.inf

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optframe import feeds as feeds_module
-from optframe.exchange import Exchange
-from optframe.region import MergedModel, MergeError, find_change
+from optframe.gate.exchange import Exchange
+from optframe.gate.region import MergedModel, MergeError, find_change
+from optframe.gate.verify import Step, Verifier
 from optframe.snapshot import Snapshot
 from optframe.types import Feeds
-from optframe.verify import Step, Verifier
 from optframe.worker import Worker
 
 CHAIN = """

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from optframe import graph
+from optframe.gate.structure import wiring_problem
 from optframe.passes import GraphPass, PassContext
-from optframe.structure import wiring_problem
 from optframe_passes.compose_slices import ComposeSlices
 from optframe_passes.drop_broadcast import DropBroadcast
 from optframe_passes.eliminate_dead_code import EliminateDeadCode

@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optframe import graph
 from optframe.flops import count_flops
+from optframe.gate.structure import wiring_problem
 from optframe.passes import GraphPass, PassContext
-from optframe.structure import wiring_problem
 from optframe_passes.compose_linear import ComposeLinear
 from optframe_passes.distribute_constant_add import DistributeConstantAdd
 from optframe_passes.drop_softmax_invariant import DropSoftmaxInvariant

@@ -11,10 +11,11 @@ from typing import Annotated
 import onnx_ir as ir
 import typer
 
-from optframe import api, checks
-from optframe import bisect as library
+from optframe import api
 from optframe.commands import options as shared
 from optframe.errors import CheckFailed, InputError
+from optframe.gate import bisect as library
+from optframe.gate import checks
 from optframe.pipeline import Pipeline
 from optframe.session import Session
 

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from optframe import api, gate
-from optframe import bisect as library
 from optframe.commands import options as shared
 from optframe.errors import InputError
+from optframe.gate import bisect as library
 from optframe.passes import GraphPass
 from optframe.pipeline import Pipeline, show_step
 from optframe.report.as_json import grouped_near_misses

@@ -1,8 +1,8 @@
 """Running a pipeline with each pass verified, and rolled back where it broke the model.
 
 Passes run ahead: the structure of what each leaves is checked at once, but whether it computes the same is verified for
-many passes together, in one run of one merged model (see `optframe.region`). Where one of them turns out to be wrong,
-the model from before it is restored, and those after it run again.
+many passes together, in one run of one merged model (see `optframe.gate.region`). Where one of them turns out to be
+wrong, the model from before it is restored, and those after it run again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from optframe import graph, reproducer
+from optframe import graph
 from optframe.errors import OptframeError, describe
-from optframe.execution import Execution, Ledger, Plan, execute
+from optframe.gate import reproducer
+from optframe.gate.execution import Execution, Ledger, Plan, execute
+from optframe.gate.records import Verified
+from optframe.gate.structure import foreign_domains, interface_problem, wiring_problem
+from optframe.gate.verify import Step, Verifier
+from optframe.gate.workpiece import Ran, Workpiece
 from optframe.numerics import EQUAL, Verdict
 from optframe.passes import PassResult
-from optframe.records import Verified
 from optframe.snapshot import Snapshot
-from optframe.structure import foreign_domains, interface_problem, wiring_problem
-from optframe.verify import Step, Verifier
-from optframe.workpiece import Ran, Workpiece
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from optframe.checks import Check
 from optframe.errors import CheckFailed, InputError, OptframeError, describe
+from optframe.gate.checks import Check
+from optframe.gate.structure import require_wired
+from optframe.gate.workpiece import Ran, Workpiece
 from optframe.graph import op_histogram
 from optframe.passes import GraphPass, NearMiss
 from optframe.pipeline import Pipeline
-from optframe.structure import require_wired
 from optframe.types import OpSpec
-from optframe.workpiece import Ran, Workpiece
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import TypeAlias
 
 import onnx
 
-from optframe.comparison import RunFailed, compare_pairs
-from optframe.exchange import Exchange
+from optframe.gate.comparison import RunFailed, compare_pairs
+from optframe.gate.exchange import Exchange
+from optframe.gate.region import MergedModel, MergeError, Pair, Program
+from optframe.gate.samples import Sample, Sampler, run
+from optframe.gate.structure import Inspector, is_fixed, tensor_type
 from optframe.graph import RANDOM_OPS
 from optframe.numerics import EQUAL, Verdict, compare, of_all_inputs, of_all_tensors, tolerance
-from optframe.region import MergedModel, MergeError, Pair, Program
-from optframe.samples import Sample, Sampler, run
 from optframe.snapshot import Snapshot, ops_of
-from optframe.structure import Inspector, is_fixed, tensor_type
 from optframe.types import Feeds
 from optframe.worker import Arrays, WorkerFailure
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from optframe.comparison_nodes import EXACT, FLOATS, compare_nodes, figures, guarded_nodes
-from optframe.exchange import Exchange
+from optframe.gate.comparison_nodes import EXACT, FLOATS, compare_nodes, figures, guarded_nodes
+from optframe.gate.exchange import Exchange
+from optframe.gate.region import COMPARE_DOMAIN, MergedModel, Pair
+from optframe.gate.samples import Sample, run
+from optframe.gate.structure import UNKNOWN, TensorType, ask_onnx, is_fixed, show_type, types_clash
 from optframe.numerics import EQUAL, Verdict, compare, tolerance, tolerance_of, too_large
-from optframe.region import COMPARE_DOMAIN, MergedModel, Pair
-from optframe.samples import Sample, run
-from optframe.structure import UNKNOWN, TensorType, ask_onnx, is_fixed, show_type, types_clash
 from optframe.worker import Arrays, WorkerFailure
 
 

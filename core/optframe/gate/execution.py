@@ -11,12 +11,12 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from optframe import graph
+from optframe.gate.records import OptimizeResult, PassRecord, Verified
+from optframe.gate.workpiece import Ran, Workpiece
 from optframe.numerics import Verdict
 from optframe.pass_options import show_options
 from optframe.passes import GraphPass
-from optframe.records import OptimizeResult, PassRecord, Verified
 from optframe.types import Feeds, OpSpec
-from optframe.workpiece import Ran, Workpiece
 
 Observer: TypeAlias = Callable[[PassRecord], None]
 Draw: TypeAlias = Callable[[int], Feeds]

@@ -17,11 +17,11 @@ import onnx_ir as ir
 from optframe import feeds as feeds_module
 from optframe import graph
 from optframe.errors import InputError, describe
-from optframe.exchange import Exchange
+from optframe.gate.exchange import Exchange
+from optframe.gate.structure import wiring_problem
+from optframe.gate.verify import Verifier
 from optframe.snapshot import Snapshot
-from optframe.structure import wiring_problem
 from optframe.types import Feeds
-from optframe.verify import Verifier
 from optframe.worker import Worker
 
 Check: TypeAlias = Callable[[ir.Model], bool]

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from optframe.errors import describe
-from optframe.region import Program
+from optframe.gate.region import Program
 from optframe.snapshot import subgraphs
 from optframe.types import Feeds
 from optframe.worker import Arrays, Worker, WorkerFailure, save_arrays

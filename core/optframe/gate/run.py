@@ -10,21 +10,19 @@ from typing import Literal, TypeAlias
 import onnx_ir as ir
 
 from optframe import graph
-from optframe.checks import open_verifier
 from optframe.errors import CheckFailed, OptframeError, describe, unknown_name
-from optframe.execution import Ledger, Plan, execute
+from optframe.gate.checks import open_verifier
+from optframe.gate.execution import Ledger, Plan, execute
+from optframe.gate.records import OptimizeResult, PassRecord
+from optframe.gate.stepwise import Gate
+from optframe.gate.structure import require_wired
+from optframe.gate.verify import Verifier
+from optframe.gate.workpiece import Workpiece
 from optframe.numerics import EQUAL, Verdict
 from optframe.passes import GraphPass
 from optframe.pipeline import Pipeline
-from optframe.records import OptimizeResult, PassRecord, Verified
 from optframe.snapshot import Snapshot
-from optframe.stepwise import Gate
-from optframe.structure import require_wired
 from optframe.types import Feeds, OpSpec
-from optframe.verify import Verifier
-from optframe.workpiece import Workpiece
-
-__all__ = ["OptimizeResult", "PassRecord", "Verified", "Verify", "optimize"]
 
 Verify: TypeAlias = Literal["each", "end", "off"]
 

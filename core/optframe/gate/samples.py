@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from optframe.errors import InputError
-from optframe.exchange import Exchange
+from optframe.gate.exchange import Exchange
+from optframe.gate.region import Program
 from optframe.numerics import Array
-from optframe.region import Program
 from optframe.snapshot import Snapshot
 from optframe.types import Feeds
 from optframe.worker import Arrays, WorkerFailure
