@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from optframe import environment
 from optframe.backend import BuildOptions, Engine
 from optframe.backends import onnxruntime as backend_module
-from optframe.backends.onnxruntime import CudaRunner, OnnxRuntimeBackend, SessionSettings
+from optframe.backends.onnxruntime import CudaGraphRunner, CudaRunner, OnnxRuntimeBackend, SessionSettings
 from optframe.errors import EnvironmentLacks, InputError
 from optframe.latency import measure
 
@@ -377,8 +377,8 @@ def test_bound_buffers_are_run_where_they_are(tmp_path: Path, rng: np.random.Gen
         def __getattr__(self, name: str) -> Any:
             return getattr(session, name)
 
-        def run_with_iobinding(self, binding: Any) -> None:
-            session.run_with_iobinding(binding)
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            session.run_with_iobinding(binding, options)
             seen.append(binding.copy_outputs_to_cpu()[0])
 
     runner = HostBuffers(Spy(), "model.onnx")
@@ -393,16 +393,52 @@ def test_bound_buffers_are_run_where_they_are(tmp_path: Path, rng: np.random.Gen
     assert not measure(runner, {"x": x, "w": w}, min_runs=3, min_seconds=0).copies_included
 
 
+class HostGraphs(CudaGraphRunner):
+    """The runner of CUDA graphs in host memory, where onnxruntime ignores that a graph is asked for."""
+
+    device = "cpu"
+
+
+def test_a_graph_has_buffers_of_its_own(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs change in place, sizes come and go, and past the last graph runs go on without."""
+    monkeypatch.setattr(backend_module, "MOST_GRAPHS", 2)
+    path = write(
+        tmp_path, "float[N, 3] x, float[N, 3] w) => (float[N, 3] y, float[N, 3] z) { y = Add(x, w) z = Mul(x, w) }"
+    )
+    runner = HostGraphs(backend_module.create_session(path, "cpu", SessionSettings()), "model.onnx")
+    for rows in (5, 2, 5, 7, 0, 5, 2):
+        x, w = rng.standard_normal((2, rows, 3)).astype(np.float32)
+        outputs = runner.run({"x": x, "w": w})
+        np.testing.assert_array_equal(outputs["y"], x + w)
+        np.testing.assert_array_equal(outputs["z"], x * w)
+    assert [shapes[0][0] for shapes in runner._graphs] == [5, 2]
+    step = runner.bind({"x": x, "w": w})
+    step()
+    np.testing.assert_array_equal(runner._graphs[(2, 3), (2, 3)].fetch()[0], x + w)
+
+
 @pytest.mark.gpu
-def test_cuda_equals_cpu(tmp_path: Path, backend: OnnxRuntimeBackend, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"cuda_graph": "true"}, {"nhwc": "true"}, {"cuda_graph": "true", "nhwc": "true"}]
+)
+def test_cuda_equals_cpu(
+    tmp_path: Path, backend: OnnxRuntimeBackend, rng: np.random.Generator, options: dict[str, str]
+) -> None:
     if backend_module._lacks_cuda():
         pytest.skip(f"{backend_module._lacks_cuda()}")
-    path = write(tmp_path, "float[N, 64] x, float[64, 64] w) => (float[N, 64] y) { y = MatMul(x, w) }")
-    feeds = {"x": rng.standard_normal((33, 64), np.float32), "w": rng.standard_normal((64, 64), np.float32)}
-    engine = backend.build(path, tmp_path / "engine", BuildOptions(device="cuda"))
+    text = """float[N, 8, 17, 19] x, float[4, 8, 3, 3] w) => (float[N, 4, 9, 10] y) {
+        z = Conv<pads=[1, 1, 1, 1], strides=[2, 2]>(x, w) y = Relu(z) }"""
+    path = write(tmp_path, text)
+    engine = backend.build(path, tmp_path / "engine", BuildOptions(device="cuda", options=options))
     with backend.open(engine) as runner, opened(path) as reference:
-        # FP32 sums of 64 products near 1, in another order: 64 * 2^-24 relative to their size of about 8
-        np.testing.assert_allclose(runner.run(feeds)["y"], reference.run(feeds)["y"], atol=64 * 2**-24 * 8)
+        assert isinstance(runner, CudaGraphRunner) == ("cuda_graph" in options)
+        for images in (2, 1, 2, 2):
+            shapes = {"x": (images, 8, 17, 19), "w": (4, 8, 3, 3)}
+            feeds = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+            # FP32 sums of 72 products near 1, in another order: 72 * 2^-24 relative to their size of about 30
+            np.testing.assert_allclose(runner.run(feeds)["y"], reference.run(feeds)["y"], atol=72 * 2**-24 * 30)
         assert measure(runner, feeds, min_runs=3, min_seconds=0, device="cuda").median > 0
 
 

@@ -45,6 +45,16 @@ THREAD_DIGITS = 4
 REPEATED_NAME = "two nodes with same node name"
 """What onnxruntime says of a graph in which nodes share a name, which ONNX allows."""
 
+NOT_IN_A_GRAPH = "cannot use the graph capture feature"
+"""What onnxruntime says of a model some of whose nodes have no CUDA kernel, where a CUDA graph is asked for."""
+
+GRAPH_ID = "gpu_graph_id"
+"""The entry of a run's options that tells onnxruntime which captured graph to replay, or to capture."""
+
+NO_GRAPH = -1
+MOST_GRAPHS = 16
+"""So many sets of input shapes get a CUDA graph of their own; onnxruntime frees none before the session ends."""
+
 QUANTIZED_OP = re.compile(r"(Quantize|Dequantize|DynamicQuantize)Linear|QLinear\w+|\w+Integer")
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -75,13 +85,17 @@ class SessionSettings:
     """The backend's own options.
 
     `threads`: how many compute one op; 0 takes one for each physical core that this process may use. `optimization`:
-    what onnxruntime does when it loads the model (all, extended, basic, disable). `tf32`: whether CUDA may round the
-    factors of FP32 products to TF32; false by default, since FP32 is what was asked for.
+    what onnxruntime does when it loads the model (all, extended, basic, disable). On CUDA alone, `tf32`: whether the
+    factors of FP32 products may be rounded to TF32, false by default, since FP32 is what was asked for; `cuda_graph`:
+    whether a run is captured for each set of input shapes and replayed; `nhwc`: whether convolutions run with channels
+    last, for which onnxruntime transposes between them and other ops.
     """
 
     threads: int = 0
     optimization: str = "all"
     tf32: bool = False
+    cuda_graph: bool = False
+    nhwc: bool = False
 
     LEVELS: ClassVar[Mapping[str, str]] = {
         "all": "ORT_ENABLE_ALL",
@@ -100,15 +114,16 @@ class SessionSettings:
         for name in options:
             if name not in {field.name for field in fields(cls)}:
                 raise unknown_name("option of backend onnxruntime", name, [field.name for field in fields(cls)])
-        threads, tf32 = options.get("threads", "0"), options.get("tf32", "false")
-        optimization = options.get("optimization", "all")
+        threads, optimization = options.get("threads", "0"), options.get("optimization", "all")
+        flags = {name: options.get(name, "false") for name in ("tf32", "cuda_graph", "nhwc")}
         if not (threads.isascii() and threads.isdigit() and len(threads) <= THREAD_DIGITS):
             raise InputError(f"backend onnxruntime: threads={threads} is no number of threads (0: one for each core)")
-        if tf32 not in ("true", "false"):
-            raise InputError(f"backend onnxruntime: tf32={tf32} is neither true nor false")
+        for name, value in flags.items():
+            if value not in ("true", "false"):
+                raise InputError(f"backend onnxruntime: {name}={value} is neither true nor false")
         if optimization not in cls.LEVELS:
             raise unknown_name("optimization of backend onnxruntime", optimization, cls.LEVELS)
-        return cls(int(threads), optimization, tf32 == "true")
+        return cls(int(threads), optimization, **{name: value == "true" for name, value in flags.items()})
 
 
 class OnnxRuntimeBackend:
@@ -162,9 +177,11 @@ class OnnxRuntimeBackend:
             EnvironmentLacks: its device is missing here.
         """
         device = choose_device(engine.device)
-        session = create_session(engine.path, device, _read_settings(engine.path))
-        runner = CudaRunner if device == "cuda" else OnnxRuntimeRunner
-        return runner(session, engine.path.name)
+        settings = _read_settings(engine.path)
+        session = create_session(engine.path, device, settings)
+        if device != "cuda":
+            return OnnxRuntimeRunner(session, engine.path.name)
+        return (CudaGraphRunner if settings.cuda_graph else CudaRunner)(session, engine.path.name)
 
 
 def _settings_path(engine: Path) -> Path:
@@ -287,7 +304,12 @@ def _providers(device: str, settings: SessionSettings) -> list[Any]:
     ort = _onnxruntime()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, and the session says it too
         ort.preload_dlls()
-    return [(CUDA_PROVIDER, {"use_tf32": int(settings.tf32)}), CPU_PROVIDER]
+    options = {
+        "use_tf32": int(settings.tf32),
+        "enable_cuda_graph": int(settings.cuda_graph),
+        "prefer_nhwc": int(settings.nhwc),
+    }
+    return [(CUDA_PROVIDER, options), CPU_PROVIDER]
 
 
 def _message(error: Exception) -> str:
@@ -302,6 +324,10 @@ def _load_error(path: Path, device: str, error: Exception) -> OptframeError:
     no_kernel = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
     unregistered = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", text)
     provider = "CUDA or CPU" if device == "cuda" else "CPU"
+    if NOT_IN_A_GRAPH in text:
+        return InputError(
+            f"{path}: cuda_graph=true needs a CUDA kernel for every node, which onnxruntime does not have"
+        )
     if no_kernel:
         op, node = no_kernel.groups()
         return InputError(
@@ -390,6 +416,46 @@ class OnnxRuntimeRunner:
         self._open = None
 
 
+class BoundRun:
+    """A run on buffers that stay on the device; with a graph's id, on outputs at fixed addresses as well."""
+
+    def __init__(self, session: Any, arrays: Mapping[str, Array], outputs: Sequence[str], device: str) -> None:
+        self._session, self._device = session, device
+        self._options: Any = None
+        self._binding = session.io_binding()
+        self._inputs = {name: _to_ort(array, device) for name, array in arrays.items()}
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            self._binding.bind_output(name, device)
+        self._names = outputs
+        self._binding.synchronize_inputs()
+
+    def __call__(self) -> None:
+        """Run and wait for the device."""
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+
+    def capture(self, graph_id: int) -> None:
+        """Run once as it is, which tells what the outputs are, then fix their addresses: later runs are graph's."""
+        self._options = _run_options(NO_GRAPH)
+        self()
+        self._kept = self._binding.get_outputs()
+        for name, value in zip(self._names, self._kept, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+        self._options = _run_options(graph_id)
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        """Copy `arrays`, of the same shapes, into the input buffers."""
+        for name, array in arrays.items():
+            self._inputs[name].update_inplace(array)
+
+    def fetch(self) -> list[Array]:
+        """Return the outputs of the last run in host memory."""
+        outputs: list[Array] = self._binding.copy_outputs_to_cpu()
+        return outputs
+
+
 class CudaRunner(OnnxRuntimeRunner):
     """Runs a session on CUDA; `bind` keeps inputs and outputs on the GPU. Follows `optframe.latency.DeviceRunner`."""
 
@@ -401,18 +467,55 @@ class CudaRunner(OnnxRuntimeRunner):
         Raises:
             InputError: names, dtypes or shapes of `feeds` are not those of the model.
         """
-        session, binding = self._session, self._session.io_binding()
-        for name, array in self._check(feeds).items():
-            binding.bind_ortvalue_input(name, _to_ort(array, self.device))
-        for name in self._outputs:
-            binding.bind_output(name, self.device)
-        binding.synchronize_inputs()
+        return BoundRun(self._session, self._check(feeds), self._outputs, self.device)
 
-        def step() -> None:
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
 
-        return step
+class CudaGraphRunner(CudaRunner):
+    """Runs a session whose provider captures CUDA graphs, one for each set of input shapes up to `MOST_GRAPHS`."""
+
+    def __init__(self, session: Any, label: str) -> None:
+        super().__init__(session, label)
+        self._graphs: dict[tuple[tuple[int, ...], ...], BoundRun] = {}
+        if ir.DataType.BFLOAT16 in self._types:
+            raise InputError(f"{label}: onnxruntime binds no bfloat16 arrays: cuda_graph=true needs other inputs")
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Copy `feeds` to the GPU and return a function that replays their graph and waits for the GPU.
+
+        The buffers are those of `run` on the same shapes, which writes its own inputs into them.
+        """
+        return self._graph(self._session, self._check(feeds))
+
+    def _execute(self, session: Any, arrays: Mapping[str, Array]) -> Sequence[Array]:
+        graph = self._graph(session, arrays)
+        graph()
+        return graph.fetch()
+
+    def _graph(self, session: Any, arrays: Mapping[str, Array]) -> BoundRun:
+        shapes = tuple(array.shape for array in arrays.values())
+        if shapes in self._graphs:
+            self._graphs[shapes].load(arrays)
+            return self._graphs[shapes]
+        graph = BoundRun(session, arrays, self._outputs, self.device)
+        if len(self._graphs) < MOST_GRAPHS:
+            graph.capture(len(self._graphs))
+            self._graphs[shapes] = graph
+        else:
+            graph.capture(NO_GRAPH)
+        return graph
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._graphs.clear()
+        super().__exit__(kind, error, trace)
+
+
+def _run_options(graph_id: int) -> Any:
+    options = _onnxruntime().RunOptions()
+    options.log_severity_level = QUIET
+    options.add_run_config_entry(GRAPH_ID, str(graph_id))
+    return options
 
 
 def _to_ort(array: Array, device: str = "cpu") -> Any:
