@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optframe.backends.torch.dtypes import info
 from optframe.backends.torch.registry import Call, OpNode
-from optframe.errors import EnvironmentLacks, PluginError
+from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
 
 CUPY_COMMAND = "pip install cupy-cuda12x (or cupy-cuda13x, as the driver's CUDA is)"
@@ -43,21 +43,28 @@ class KernelCall:
         self._launches: dict[tuple[TensorInfo | None, ...], tuple[KernelLaunch, tuple[TensorInfo, ...]]] = {}
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the outputs, on the inputs' device.
+        """Return the outputs, on the inputs' device; inputs that are not contiguous are copied first.
 
         Raises:
-            InputError: shapes or dtypes are not those that the kernel takes.
+            InputError: the inputs are not all on one GPU, or shapes or dtypes are not those that the kernel takes.
         """
+        device = self._device(inputs)
         tensors = [None if tensor is None else tensor.contiguous() for tensor in inputs]
         key = tuple(None if tensor is None else info(tensor) for tensor in tensors)
         if key not in self._launches:
             outputs = self._spec.infer(key, self._attributes)
             self._launches[key] = self._kernel.launch_rule()(key, outputs, self._attributes), outputs
         launch, infos = self._launches[key]
-        device = next(tensor.device for tensor in tensors if tensor is not None)
         results = tuple(torch.empty(i.shape, dtype=getattr(torch, i.dtype), device=device) for i in infos)
         _launch(self._kernel, launch, [tensor for tensor in tensors if tensor is not None], results)
         return results
+
+    def _device(self, inputs: Sequence[Tensor | None]) -> torch.device:
+        devices = {tensor.device for tensor in inputs if tensor is not None}
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            names = ", ".join(sorted(map(str, devices))) or "none"
+            raise InputError(f"{self._spec.name} needs its inputs on one CUDA device, they are on: {names}")
+        return devices.pop()
 
 
 def _launch(kernel: KernelSpec, launch: KernelLaunch, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
