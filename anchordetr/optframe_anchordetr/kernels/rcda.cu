@@ -155,7 +155,7 @@ struct Copier {
     return source + position * kPitch + threadIdx.x % 4 * 8;
   }
 
-  // Starts copying up to kColumns positions; `share` is share_of() their first.
+  // Starts copying `positions`, kColumns at most; `share` is share_of() their first.
   template <bool Aligned>
   __device__ __forceinline__ void fill(char* slab, const Type* share, int positions) const {
 #pragma unroll
@@ -377,7 +377,8 @@ __device__ __forceinline__ void attend(const Problem& p) {
   const Copier& copier = values.copier;
   copier.fill<Aligned>(row_keys, copier.share_of(p.row_keys), p.width);
   for (int y = 0; y < p.height; y += kColumns)
-    copier.fill<Aligned>(column_keys + y * kRowBytes, copier.share_of(p.column_keys + y * kPitch), p.height - y);
+    copier.fill<Aligned>(column_keys + y * kRowBytes, copier.share_of(p.column_keys + y * kPitch),
+                         min(p.height - y, kColumns));
   close_copies();
   for (int y = 0; y < kStages - 1; ++y) values.advance(slabs + y * kSlabBytes, p);
   QueryTile row_tile[kTiles], column_tile[kTiles];
@@ -416,10 +417,31 @@ __device__ __forceinline__ void attend(const Problem& p) {
 
 #else
 
-// Any head size, float32 throughout: a warp owns kQueries queries, its lanes the keys and then the channels.
+// Any head size, float32 throughout. A warp owns kQueries queries. Its lanes share the keys of both softmaxes; then each
+// has some channels of some queries, so that a value and a weight from memory serve several products.
 
 constexpr int kThreads = kWarps * 32;
-constexpr int kQueries = 8;
+constexpr int kQueries = RCDA_QUERIES;  // a warp
+constexpr int kChannelLanes = 8;
+constexpr int kLaneChannels = kHeadSize % 4 == 0 ? 4 : 1;
+constexpr int kLaneQueries = kQueries / (32 / kChannelLanes);
+
+template <typename T, int Count>
+struct alignas(sizeof(T) * Count) Pack {
+  T item[Count];
+};
+
+using Values = Pack<Type, kLaneChannels>;
+using Weights = Pack<float, kLaneQueries>;
+
+template <bool Aligned>
+__device__ __forceinline__ Values load_values(const Type* source) {
+  if constexpr (Aligned) return *reinterpret_cast<const Values*>(source);
+  Values values;
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) values.item[i] = source[i];
+  return values;
+}
 
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
@@ -434,7 +456,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 // Softmax over the keys of the warp's queries into shared memory, [key][query].
-template <bool Masked>
+template <bool Aligned, bool Masked>
 __device__ __forceinline__ void softmax(float* weights, const Type* queries, const Type* keys, const bool* mask,
                                         int first, int query_count, int key_count) {
   const int lane = threadIdx.x % 32;
@@ -443,12 +465,15 @@ __device__ __forceinline__ void softmax(float* weights, const Type* queries, con
   for (int q = 0; q < kQueries; ++q) top[q] = -infinity();
   for (int key = lane; key < key_count; key += 32) {
     float score[kQueries] = {};
-    for (int channel = 0; channel < kHeadSize; ++channel) {
-      const float value = static_cast<float>(keys[static_cast<size_t>(key) * kPitch + channel]);
+    for (int channel = 0; channel < kHeadSize; channel += kLaneChannels) {
+      const Values values = load_values<Aligned>(keys + static_cast<size_t>(key) * kPitch + channel);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         const size_t query = min(first + q, query_count - 1);
-        score[q] = fmaf(value, static_cast<float>(queries[query * kPitch + channel]), score[q]);
+        const Values asked = load_values<Aligned>(queries + query * kPitch + channel);
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i)
+          score[q] = fmaf(static_cast<float>(values.item[i]), static_cast<float>(asked.item[i]), score[q]);
       }
     }
 #pragma unroll
@@ -474,22 +499,32 @@ __device__ __forceinline__ void softmax(float* weights, const Type* queries, con
     for (int q = 0; q < kQueries; ++q) weights[key * kQueries + q] *= sum[q];
 }
 
-// The warp's queries for one channel: total[q] = sum_y columns[y][q] * sum_x rows[x][q] * value of (y, x).
-__device__ __forceinline__ void attend_channel(float (&total)[kQueries], const float* rows, const float* columns,
-                                               const Problem& p, int channel) {
+// The lane's queries and channels: total[q] = sum_y columns[y][q] * sum_x rows[x][q] * value of (y, x).
+template <bool Aligned>
+__device__ __forceinline__ void attend_channels(float (&total)[kLaneQueries][kLaneChannels], const float* rows,
+                                                const float* columns, const Problem& p, int channel) {
   const Type* value = p.values + channel;
   for (int y = 0; y < p.height; ++y) {
-    float part[kQueries] = {};
-#pragma unroll 4
-    for (int x = 0; x < p.width; ++x, value += kPitch)
+    float part[kLaneQueries][kLaneChannels] = {};
+#pragma unroll 8
+    for (int x = 0; x < p.width; ++x, value += kPitch) {
+      const Values values = load_values<Aligned>(value);
+      const Weights weights = *reinterpret_cast<const Weights*>(rows + x * kQueries);
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q) part[q] = fmaf(rows[x * kQueries + q], static_cast<float>(*value), part[q]);
+      for (int q = 0; q < kLaneQueries; ++q)
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q) total[q] = fmaf(columns[y * kQueries + q], part[q], total[q]);
+        for (int i = 0; i < kLaneChannels; ++i)
+          part[q][i] = fmaf(weights.item[q], static_cast<float>(values.item[i]), part[q][i]);
+    }
+    const Weights weights = *reinterpret_cast<const Weights*>(columns + y * kQueries);
+#pragma unroll
+    for (int q = 0; q < kLaneQueries; ++q)
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) total[q][i] = fmaf(weights.item[q], part[q][i], total[q][i]);
   }
 }
 
-template <bool>
+template <bool Aligned>
 __device__ __forceinline__ void attend(const Problem& p) {
   extern __shared__ __align__(16) float weights[];
   const int warp = threadIdx.x / 32;
@@ -497,15 +532,22 @@ __device__ __forceinline__ void attend(const Problem& p) {
   if (first >= p.queries) return;
   float* rows = weights + warp * (p.width + p.height) * kQueries;
   float* columns = rows + p.width * kQueries;
-  softmax<RCDA_ROW_MASK>(rows, p.row_queries, p.row_keys, p.row_mask, first, p.queries, p.width);
-  softmax<RCDA_COLUMN_MASK>(columns, p.column_queries, p.column_keys, p.column_mask, first, p.queries, p.height);
+  softmax<Aligned, RCDA_ROW_MASK>(rows, p.row_queries, p.row_keys, p.row_mask, first, p.queries, p.width);
+  softmax<Aligned, RCDA_COLUMN_MASK>(columns, p.column_queries, p.column_keys, p.column_mask, first, p.queries, p.height);
   __syncwarp();
-  for (int channel = threadIdx.x % 32; channel < kHeadSize; channel += 32) {
-    float total[kQueries] = {};
-    attend_channel(total, rows, columns, p, channel);
+  const int lane_query = threadIdx.x % 32 / kChannelLanes * kLaneQueries;
+  const int lane_channel = threadIdx.x % kChannelLanes * kLaneChannels;
+  for (int channel = lane_channel; channel < kHeadSize; channel += kChannelLanes * kLaneChannels) {
+    float total[kLaneQueries][kLaneChannels] = {};
+    attend_channels<Aligned>(total, rows + lane_query, columns + lane_query, p, channel);
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q)
-      if (first + q < p.queries) p.out[static_cast<size_t>(first + q) * kPitch + channel] = static_cast<Type>(total[q]);
+    for (int q = 0; q < kLaneQueries; ++q) {
+      const int query = first + lane_query + q;
+      if (query >= p.queries) continue;
+      Type* target = p.out + static_cast<size_t>(query) * kPitch + channel;
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) target[i] = static_cast<Type>(total[q][i]);
+    }
   }
 }
 
