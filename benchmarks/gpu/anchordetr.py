@@ -60,8 +60,8 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 class Bench:
     """The model, its input and FP32 reference at one batch size, and our runner."""
 
-    def __init__(self, batch: int, folder: Path) -> None:
-        self.batch, self.folder = batch, folder / f"batch{batch}"
+    def __init__(self, batch: int, folder: Path, pipeline: str) -> None:
+        self.batch, self.folder, self.pipeline = batch, folder / f"batch{batch}", pipeline
         self.folder.mkdir(parents=True, exist_ok=True)
         self.adapter = AnchorDETRAdapter(AnchorDETROptions(shape=(batch, 3, *SIZE)))
         self.feeds = dict(self.adapter.feeds()[0])
@@ -71,20 +71,28 @@ class Bench:
             reference = copy.deepcopy(self.adapter._model).cuda()(torch.from_numpy(self.images).cuda())
         self.reference = [tensor.cpu().numpy() for tensor in reference]
 
-    def models(self) -> Path:
-        """Write raw, FP32 and FP16 ONNX files and return their folder."""
-        if not (self.folder / "fp16.onnx").exists():
-            export(self.adapter._model, self.folder / "raw.onnx", self.adapter._export_options)
-            optimized = optframe.optimize(self.folder / "raw.onnx", pipeline="anchordetr", verify="off").model
-            graph.save(optimized, self.folder / "fp32.onnx")
-            graph.save(optframe.convert_precision(optimized, "fp16"), self.folder / "fp16.onnx")
-        return self.folder
+    def raw(self) -> Path:
+        """Write the export and return its path."""
+        path = self.folder / "raw.onnx"
+        if not path.exists():
+            export(self.adapter._model, path, self.adapter._export_options)
+        return path
+
+    def optimized(self) -> Path:
+        """Write what our pipeline makes of the export, in FP32 and FP16, and return the files' folder."""
+        folder = self.folder / self.pipeline
+        if not (folder / "fp16.onnx").exists():
+            folder.mkdir(exist_ok=True)
+            model = optframe.optimize(self.raw(), pipeline=self.pipeline, verify="off").model
+            graph.save(model, folder / "fp32.onnx")
+            graph.save(optframe.convert_precision(model, "fp16"), folder / "fp16.onnx")
+        return folder
 
     def ours(self, precision: str) -> tuple[Callable[[], Any], Callable[[], list[Any]], Any]:
         """Return a run on the device, what fetches the outputs, and the runner."""
         file = "fp16" if precision == "fp16" else "fp32"
         settings = TorchSettings(tf32=precision == "tf32")
-        runner = open_model(graph.load(self.models() / f"{file}.onnx"), "cuda", settings, "anchordetr")
+        runner = open_model(graph.load(self.optimized() / f"{file}.onnx"), "cuda", settings, "anchordetr")
         run = runner.bind(self.feeds)  # type: ignore[attr-defined]
         return run, lambda: list(runner.run(self.feeds).values()), runner
 
@@ -165,8 +173,8 @@ def tell_budget(bench: Bench, run: Callable[[], Any], path: Path) -> None:
 
 
 def measure_peer(bench: Bench, peer: peers.Peer) -> dict[str, Any]:
+    bench.raw()
     start = time.perf_counter()
-    bench.models()
     with torch.inference_mode():
         run, fetch = peer.make(copy.deepcopy(bench.adapter._model), bench.images, bench.folder)
     seconds = time.perf_counter() - start
@@ -198,6 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="peers whose name and precision contain this; 'ours' for optframe alone")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pipeline", default="anchordetr-cuda", help="default: %(default)s")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--results", type=Path, help="the JSON file (default: results/<card>.json)")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="where the ONNX files go")
@@ -207,7 +216,7 @@ def main() -> int:
         return 0
     card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
     path = arguments.results or results.RESULTS.with_name(f"{card}.json")
-    bench = Bench(arguments.batch, arguments.work)
+    bench = Bench(arguments.batch, arguments.work, arguments.pipeline)
     ours, run = measure_ours(bench, "fp16", path)
     record(path, ours)
     if arguments.only == "ours":
