@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from optframe import lazy_modules
+
 if TYPE_CHECKING:
     from optframe.api import build, calibrate, compare, convert_precision, load, load_engine, optimize, profile, run
 
 # onnxruntime's wheels report usage over the network from the moment they are imported, unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+lazy_modules.install()
 
 __version__ = "0.1.0"
 __all__ = [

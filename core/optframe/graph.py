@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from optframe import files
+from optframe import files, onnx_file
 from optframe.errors import InputError
 
 OpId: TypeAlias = tuple[str, str, str]
@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not source.is_file():
         raise InputError(f"no such file: {source}")
     try:
-        model = ir.load(source)
+        model = onnx_file.read(source) or ir.load(source)
     except Exception as error:  # protobuf and onnx_ir raise many types for a damaged file
         raise InputError(f"{source} is no ONNX model ({_root_cause(error)})") from error
     if not model.graph.outputs:
@@ -107,7 +107,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
             if weight_bytes(model) < EXTERNAL_THRESHOLD_BYTES:
                 for graph in model.graphs():
                     hold_in_memory(graph.initializers.values())
-                ir.save(model, temporary)
+                onnx_file.write(model, temporary)
             else:
                 ir.save(model, temporary, external_data=f"{target.name}.data")
                 os.replace(f"{temporary}.data", f"{target}.data")

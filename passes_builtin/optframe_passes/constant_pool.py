@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from optframe.graph import constant_tensor
@@ -13,12 +12,6 @@ from optframe.passes import PassContext
 from optframe_passes.edit import Array, is_onnx, onnx_version
 from optframe_passes.evaluate import evaluate
 from optframe_passes.propagate import Propagation
-
-NUMERIC = frozenset(
-    ir.DataType.from_numpy(np.dtype(code))
-    for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
-)
-"""Types that numpy has, so that onnxruntime can hand a result over."""
 
 WORKING_BYTES = 256 << 20
 """What one node may make on the way to a smaller result."""

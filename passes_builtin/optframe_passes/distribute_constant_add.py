@@ -105,7 +105,8 @@ class _Taker:
             weight = surgery.constant(self.product.inputs[1])
             if weight is None:
                 return None
-            addend = np.broadcast_to(addend, addend.shape[:-1] + weight.shape[:1]) @ weight
+            rows = np.broadcast_to(addend, addend.shape[:-1] + weight.shape[:1])
+            addend = (rows.reshape(-1, len(weight)) @ weight).reshape(*rows.shape[:-1], -1)  # one product, not a stack
         side = None if self.addition is None else surgery.constant_side(self.addition)
         if self.addition is None or side is None:
             return trimmed(addend)

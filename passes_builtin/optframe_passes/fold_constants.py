@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from optframe.graph import constant_tensor
+from optframe.onnx_file import NUMERIC
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes import shape_data
-from optframe_passes.constant_pool import NUMERIC, WORKING_BYTES, ConstantPool
+from optframe_passes.constant_pool import WORKING_BYTES, ConstantPool
 from optframe_passes.edit import (
     Array,
     FreshNames,

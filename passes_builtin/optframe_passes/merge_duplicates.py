@@ -85,9 +85,9 @@ def _classes(values: Sequence[ir.Value], key: _Key) -> list[list[ir.Value]]:
 
 def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
     """Return the content of `tensor` without a copy where it lies in memory or in a mapped file."""
-    if isinstance(tensor, ir.StringTensor):
-        return memoryview(repr(list(tensor.string_data())).encode())
     array = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype == ir.DataType.STRING:
+        return memoryview(repr(array.tolist()).encode())
     return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 

@@ -68,6 +68,46 @@ def op_schema(op_type: str, version: int) -> defs.OpSchema | None:
         return None
 
 
+def _inferred(
+    op_type: str,
+    version: int,
+    node: bytes,
+    types: tuple[tuple[str, bytes], ...],
+    data: tuple[tuple[str, bytes], ...],
+    opsets: tuple[tuple[str, int], ...],
+) -> dict[str, onnx.TypeProto]:
+    """Return the types of the outputs of `node`, as far as ONNX's rule for it finds them, as messages of their own."""
+    found: dict[str, onnx.TypeProto] = {}
+    for name, content in _rule(op_type, version, node, types, data, opsets):
+        found[name] = onnx.TypeProto.FromString(content)
+    return found
+
+
+@lru_cache(maxsize=1 << 14)
+def _rule(
+    op_type: str,
+    version: int,
+    node: bytes,
+    types: tuple[tuple[str, bytes], ...],
+    data: tuple[tuple[str, bytes], ...],
+    opsets: tuple[tuple[str, int], ...],
+) -> tuple[tuple[str, bytes], ...]:
+    """Apply ONNX's rule for an op to serialised messages: layers repeat, and so do passes over one model."""
+    schema = op_schema(op_type, version)
+    assert schema is not None, "asked only for ops that ONNX has"
+    try:
+        result = shape_inference.infer_node_outputs(
+            schema,
+            onnx.NodeProto.FromString(node),
+            {name: onnx.TypeProto.FromString(content) for name, content in types},
+            {name: onnx.TensorProto.FromString(content) for name, content in data},
+            opset_imports=[onnx.helper.make_opsetid(domain, number) for domain, number in opsets],
+        )
+    except (shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
+        return ()
+    return tuple((name, kind.SerializeToString()) for name, kind in result.items() if kind.WhichOneof("value"))
+
+
 class Propagation:
     """What is known of a model's values: types, shapes with named unknowns, contents of small integer tensors.
 
@@ -80,10 +120,9 @@ class Propagation:
         self, model: ir.Model, content: Callable[[ir.Value], Array | None] = lambda value: small_constant(value)
     ) -> None:
         self.version = onnx_version(model)
-        self._opsets = [
-            onnx.helper.make_opsetid("" if domain in ONNX_DOMAINS else domain, number)
-            for domain, number in model.opset_imports.items()
-        ]
+        self._opsets = tuple(
+            ("" if domain in ONNX_DOMAINS else domain, number) for domain, number in model.opset_imports.items()
+        )
         self._functions = model.functions
         self._function_protos: dict[ir.OperatorIdentifier, onnx.FunctionProto] = {}
         self._content = content
@@ -231,13 +270,14 @@ class Propagation:
         proto.output.extend(f"o{index}" if value.name != "" else "" for index, value in enumerate(node.outputs))
         for attribute in node.attributes.values():
             ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
-        try:
-            result: dict[str, onnx.TypeProto] = shape_inference.infer_node_outputs(
-                schema, proto, types, self._shape_inputs(node), opset_imports=self._opsets
-            )
-        except (shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
-            return {}
-        return {name: inferred for name, inferred in result.items() if inferred.WhichOneof("value")}
+        return _inferred(
+            schema.name,
+            self.version,
+            proto.SerializeToString(),
+            tuple((name, kind.SerializeToString()) for name, kind in types.items()),
+            tuple((name, tensor.SerializeToString()) for name, tensor in self._shape_inputs(node).items()),
+            self._opsets,
+        )
 
     def _input_types(self, node: ir.Node) -> dict[str, onnx.TypeProto] | None:
         """Return the types of the present inputs, None if one is not known."""

@@ -50,8 +50,12 @@ def rounded(array: Array, dtype: ir.DataType, axis: int | None = None) -> Array 
     others = None if axis is None else tuple(other for other in range(array.ndim) if other != axis % array.ndim)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         result: Array = array.astype(dtype.numpy())
+        largest = np.maximum(array.max(axis=others, initial=0.0), -array.min(axis=others, initial=0.0))
+        kind = np.finfo(result.dtype)
+        if ((largest >= kind.tiny) & (largest <= kind.max)).all():  # so no element is off by more
+            return result
         error = np.abs(result.astype(np.float64) - array).max(axis=others, initial=0.0)
-        exact = error <= np.finfo(result.dtype).eps * np.abs(array).max(axis=others, initial=0.0)
+        exact = error <= kind.eps * largest
     return result if exact.all() else None
 
 
