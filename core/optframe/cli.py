@@ -11,6 +11,7 @@ it needs at its top; `optframe --help` shows the summary.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -112,6 +113,8 @@ def _optframe(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (default: the process's own) and return its exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    # What numpy multiplies here is small: on shared cores its threads wait for each other longer than they work.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         status = typer.main.get_command(app).main(given, prog_name="optframe", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

@@ -36,6 +36,13 @@ def trimmed(array: Array) -> Array:
     return array
 
 
+def times(array: Array, matrix: Array) -> Array:
+    """Return `array`, its last axis broadcast to the rows of `matrix`, times `matrix`: one product, not a stack."""
+    expanded = np.broadcast_to(array, array.shape[:-1] + matrix.shape[:1])
+    product: Array = expanded.reshape(-1, len(matrix)) @ matrix
+    return product.reshape(*array.shape[:-1], matrix.shape[1])
+
+
 def collapsed(array: Array) -> Array:
     """Return `array` with size 1 along every axis that it does not vary along."""
     for axis, size in enumerate(array.shape):

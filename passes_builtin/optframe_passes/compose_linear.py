@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.broadcast import trimmed
+from optframe_passes.broadcast import times, trimmed
 from optframe_passes.edit import Array, is_onnx
 from optframe_passes.surgery import Surgery, only_reader
 
@@ -88,4 +87,4 @@ def _bias_behind(surgery: Surgery, addition: ir.Node, weight: Array) -> Array | 
     array = surgery.constant(value)
     if array is None:
         return None
-    return surgery.fits(trimmed(np.broadcast_to(array, array.shape[:-1] + weight.shape[:1]) @ weight), value)
+    return surgery.fits(trimmed(times(array, weight)), value)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.broadcast import of_rank, reshaped, trimmed
+from optframe_passes.broadcast import of_rank, reshaped, times, trimmed
 from optframe_passes.edit import Array, is_onnx, remove, small_constant
 from optframe_passes.reduction import Reduction
 from optframe_passes.surgery import Surgery, only_reader
@@ -105,8 +105,7 @@ class _Taker:
             weight = surgery.constant(self.product.inputs[1])
             if weight is None:
                 return None
-            rows = np.broadcast_to(addend, addend.shape[:-1] + weight.shape[:1])
-            addend = (rows.reshape(-1, len(weight)) @ weight).reshape(*rows.shape[:-1], -1)  # one product, not a stack
+            addend = times(addend, weight)
         side = None if self.addition is None else surgery.constant_side(self.addition)
         if self.addition is None or side is None:
             return trimmed(addend)

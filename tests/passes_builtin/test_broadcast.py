@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optframe_passes.broadcast import before, behind, collapsed, groups, of_rank, reshaped, trimmed
+from optframe_passes.broadcast import before, behind, collapsed, groups, of_rank, reshaped, times, trimmed
 from optframe_passes.propagate import Propagation
 
 Parse = Callable[..., ir.Model]
@@ -92,3 +92,13 @@ def test_ranks() -> None:
     assert trimmed(np.zeros((1, 1, 3, 1))).shape == (3, 1)
     assert trimmed(np.zeros((1, 1))).shape == ()
     assert collapsed(np.array([[1.0, 1.0], [2.0, 2.0]])).shape == (2, 1)
+
+
+def test_a_broadcast_last_axis_is_summed_over() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((5, 4))
+    for shape in [(5,), (1,), (3, 1), (2, 3, 5), (2, 1, 1), (0, 5)]:
+        array = rng.standard_normal(shape)
+        rows = np.broadcast_to(array, (*shape[:-1], 5))
+        assert np.allclose(times(array, matrix), rows @ matrix, rtol=1e-14, atol=1e-14)  # sums in another order
+        assert times(array, matrix).shape == (*shape[:-1], 4)
