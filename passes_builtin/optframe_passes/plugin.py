@@ -119,6 +119,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "do once before a Split what is done to each of its parts",
         ),
         PassSpec(
+            "tile-rows",
+            "optframe_passes.tile_rows:TileRows",
+            "take large products through what follows some rows at a time, for the caches of CPUs",
+        ),
+        PassSpec(
             "winograd-conv",
             "optframe_passes.winograd_conv:WinogradConv",
             "compute 3x3 convolutions with fewer multiplications, for CPUs",
@@ -153,8 +158,9 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,merge-duplicates,eliminate-dead-code",
-            "standard ops in FP32 for a CPU: less arithmetic, though more nodes and larger weights than portable",
+            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,tile-rows,merge-duplicates,"
+            "eliminate-dead-code",
+            "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(
             "tensorrt",

@@ -171,7 +171,7 @@ class Surgery:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         origin: Sequence[ir.Node],
-        attributes: Mapping[str, int | float | Sequence[int]] | None = None,
+        attributes: Mapping[str, int | float | Sequence[int] | ir.Graph] | None = None,
         num_outputs: int = 1,
     ) -> ir.Node:
         """Return a node that comes from the nodes of `origin` and is named after the last; it is in no graph yet."""

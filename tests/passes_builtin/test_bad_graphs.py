@@ -27,6 +27,7 @@ from optframe_passes.merge_parallel_matmuls import MergeParallelMatMuls
 from optframe_passes.scatter_to_slices import ScatterToSlices
 from optframe_passes.select_gemm import SelectGemm
 from optframe_passes.sink_split import SinkSplit
+from optframe_passes.tile_rows import TileRows
 from optframe_passes.winograd_conv import WinogradConv
 
 Parse = Callable[..., ir.Model]
@@ -50,6 +51,7 @@ PASSES = (
     ScatterToSlices,
     SelectGemm,
     SinkSplit,
+    TileRows,
     WinogradConv,
 )
 

@@ -1,0 +1,172 @@
+"""`tile-rows`: the same numbers, some rows of a product at a time, where what lies in between is large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from optframe.flops import count_flops
+from optframe.passes import ORIGIN_KEY, PASS_KEY, PassContext
+from optframe_passes import tile_rows
+from optframe_passes.tile_rows import TileRows
+
+Check = Callable[..., Any]
+Parse = Callable[..., ir.Model]
+
+ATTENTION = """
+    g (float[2,3,{rows},8] q, float[2,3,8,20] k, float[2,3,20,4] v) => (float[A,B,C,D] y)
+    {{ [scores] s = MatMul (q, k) [weights] p = Softmax <axis = -1> (s) [sum] y = MatMul (p, v) }}
+"""
+
+ROWS_THEN_COLUMNS = """
+    g (float[1,2,{rows},5] a, float[1,2,5,24] v, float[1,2,{rows},6] c) => (float[A,B,C,D,E] y)
+    <int64[5] split = {{1, 2, {rows}, 6, 4}}, int64[1] axis = {{3}}>
+    {{ t = MatMul (a, v) r = Reshape (t, split) u = Unsqueeze (c, axis) y = MatMul (u, r) }}
+"""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that products of a test exceed."""
+    monkeypatch.setattr(tile_rows, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(tile_rows, "_TILE_BYTES", 700)
+    monkeypatch.setattr(tile_rows, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(tile_rows, "_SHRINKS", 2)
+
+
+def test_attention(check: Check) -> None:
+    outcome = check(TileRows(), ATTENTION.format(rows=12))
+    assert outcome.ops == {"Reshape": 2, "Scan": 1, "MatMul": 2, "Softmax": 1}
+    body = outcome.node("Scan").attributes["body"].as_graph()
+    assert [node.op_type for node in body] == ["MatMul", "Softmax", "MatMul"]
+    assert list(body.inputs[0].shape or ()) == [2, 3, 1, 8], "2 x 3 x 20 numbers a row: 480 bytes"
+    assert len(body.inputs) == 1, "keys and values are read whole"
+
+
+def test_sums_over_rows_then_columns(check: Check) -> None:
+    outcome = check(TileRows(), ROWS_THEN_COLUMNS.format(rows=15))
+    scan = outcome.node("Scan")
+    body = scan.attributes["body"].as_graph()
+    assert [node.op_type for node in body] == ["MatMul", "Reshape", "MatMul"]
+    assert [list(value.shape or ()) for value in body.inputs] == [[1, 2, 3, 5], [1, 2, 3, 1, 6]]
+    assert list(scan.attributes["scan_input_axes"].as_ints()) == [2, 2]
+    assert list(scan.outputs[0].shape or ()) == [1, 2, 5, 3, 1, 4]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "t = MatMul (a, k) s = Add (t, mask) r = Mul (s, gate) y = MatMul (r, v)",
+        "t = MatMul (a, k) s = Add (row, t) r = Relu (s) y = MatMul (r, v)",
+        "t = MatMul (a, k) s = Sub (column, t) r = Tanh (s) y = MatMul (r, v)",
+        "t = MatMul (a, k) r = Softmax <axis = 1> (t) y = MatMul (r, v)",
+    ],
+)
+def test_what_may_stand_between(between: str, check: Check) -> None:
+    text = f"""
+        g (float[3,14,8] a, float[3,8,20] k, float[20,2] v, float[14,20] mask, float[3,1,20] row, float[14,1] column,
+           float gate) => (float[A,B,C] y) {{ {between} }}
+    """
+    outcome = check(TileRows(), text)
+    taken = "Softmax" not in between  # along the rows it needs all of them
+    assert outcome.result.modified is taken
+    if taken and "mask" in between:
+        assert [value.name for value in outcome.node("Scan").inputs[1:]] == ["y/Reshape_1"]
+        assert len(outcome.node("Scan").inputs) == 2, "a and mask have the rows"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{ t = MatMul (a, k) y = Relu (t) }", "nothing makes it smaller"),
+        ("{ t = MatMul (a, k) y = MatMul (t, v) z = Relu (t) }", "another node reads the product"),
+        ("{ z = MatMul (a, k) y = MatMul (z, v) }", "the product is an output"),
+        ("{ t = MatMul (a, k) r = Transpose <perm = [0, 2, 1]> (t) y = MatMul (w, r) }", "rows change their place"),
+        ("{ t = MatMul (a, k) y = MatMul (w, t) }", "rows are summed over"),
+        ("{ t = MatMul (a, k) y = ReduceSum <keepdims = 1> (t, axes) }", "no op of those that keep rows apart"),
+    ],
+)
+def test_other_chains_stay(text: str, why: str, check: Check) -> None:
+    outputs = "float[A,B,C] y, float[D,E,F] z" if " z " in text else "float[A,B,C] y"
+    graph = f"""
+        g (float[3,14,8] a, float[3,8,20] k, float[20,2] v, float[2,14] w) => ({outputs})
+        <int64[1] axes = {{2}}> {text.replace("(w, r)", "(v2, r)")}
+    """.replace("float[2,14] w)", "float[2,14] w, float[2,20] v2)")
+    assert not check(TileRows(), graph).result.modified, why
+
+
+def test_free_sizes_and_small_products_stay(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not check(TileRows(), ATTENTION.format(rows="N")).result.modified
+    monkeypatch.setattr(tile_rows, "_LARGE_BYTES", 2 * 3 * 12 * 20 * 4)
+    assert not check(TileRows(), ATTENTION.format(rows=12)).result.modified
+
+
+def test_a_number_of_rows_without_a_good_divisor_stays(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_rows, "_FEWEST_ROWS", 2)
+    outcome = check(TileRows(), ATTENTION.format(rows=13))
+    assert not outcome.result.modified
+    assert outcome.reasons == ["no divisor of its 13 rows makes tiles of a good size"]
+
+
+def test_an_operand_that_is_needed_whole_is_not_cut(check: Check) -> None:
+    """The same matrix stands on the left of the first product and on the right of the second."""
+    text = """
+        g (float[20,20] a, float[20,40] k, float[40,20] l) => (float[A,B] y)
+        { t = MatMul (a, k) u = MatMul (t, l) y = MatMul (u, a) }
+    """
+    outcome = check(TileRows(), text)
+    assert [len(node.inputs) for node in outcome.model.graph if node.op_type == "Scan"] == [1]
+    assert outcome.ops["MatMul"] == 3
+    both = (
+        "g (float[20,20] a, float[20,40] k) => (float[A,B] y) { t = MatMul (a, k) u = Mul (t, t2) y = MatMul (u, k2) }"
+    )
+    both = both.replace("float[20,40] k)", "float[20,40] k, float[20,40] t2, float[40,2] k2)")
+    assert len(check(TileRows(), both).node("Scan").inputs) == 2
+
+
+def test_results_are_no_further_from_the_truth(parse: Parse, rng: np.random.Generator) -> None:
+    """A tile of one row is multiplied in another order; others are not, but that is the library's affair."""
+    model = parse(ATTENTION.format(rows=12))
+    q, k, v = (rng.standard_normal(s) for s in ((2, 3, 12, 8), (2, 3, 8, 20), (2, 3, 20, 4)))
+    scores = np.exp(q @ k)
+    truth = scores / scores.sum(-1, keepdims=True) @ v
+    assert TileRows().run(model, PassContext(pass_name="tile-rows")).modified
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    feeds = {name: array.astype(np.float32) for name, array in (("q", q), ("k", k), ("v", v))}
+    # Sums of 8 and 20 terms behind an exponential of numbers up to 10: some ten roundings of 6e-8.
+    np.testing.assert_allclose(session.run(None, feeds)[0], truth, rtol=0, atol=1e-5)
+
+
+def test_flops_and_origins_stay(parse: Parse) -> None:
+    model = parse(ATTENTION.format(rows=12))
+    before = count_flops(model).total
+    assert TileRows().run(model, PassContext(pass_name="tile-rows")).modified
+    assert count_flops(model).total == before
+    origins = {node.op_type: node.metadata_props[ORIGIN_KEY] for node in model.graph.all_nodes()}
+    assert origins["Scan"] == "scores,weights,sum"
+    assert origins["Softmax"] == "weights"
+    assert all(node.metadata_props[PASS_KEY] == "tile-rows" for node in model.graph.all_nodes())
+
+
+def test_within_a_subgraph(check: Check) -> None:
+    text = """
+        g (bool c, float[1,12,8] q, float[1,8,60] k, float[1,60,2] v) => (float[A,B,C] y) {
+            y = If (c) <
+                then_branch = t () => (float[A,B,C] m) { s = MatMul (q, k) p = Softmax (s) m = MatMul (p, v) },
+                else_branch = e () => (float[A,B,C] n) { n = MatMul (q, k) }
+            >
+        }
+    """
+    feeds = [
+        {"c": np.array(flag)} | {n: np.random.default_rng(0).standard_normal(s, np.float32) for n, s in SHAPES.items()}
+        for flag in (True, False)
+    ]
+    assert check(TileRows(), text, feeds=feeds).ops["Scan"] == 1
+
+
+SHAPES = {"q": (1, 12, 8), "k": (1, 8, 60), "v": (1, 60, 2)}
