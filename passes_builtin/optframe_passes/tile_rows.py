@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.edit import is_onnx
+from optframe_passes.edit import add_initializer, is_onnx
 from optframe_passes.surgery import Surgery, only_reader
 
 Dims = tuple[int, ...]
@@ -193,22 +193,21 @@ def _body(surgery: Surgery, chain: _Chain, rows: int) -> ir.Graph:
     for value, axis in chain.sliced.items():
         dims = surgery.known.static(value) or ()
         values[value] = _typed(surgery, value, (*dims[:axis], rows, *dims[axis + 1 :]))
-    inputs, copies = list(values.values()), []
+    body = ir.Graph(list(values.values()), [], nodes=[], name=f"{chain.nodes[-1].name or 'tile'}/body")
     for node, dims in zip(chain.nodes, chain.dims, strict=True):
         tile = (*dims[: chain.axis], rows, *dims[chain.axis + 1 :])
         operands = [values.get(value, value) for value in node.inputs]
-        if node.op_type == "Reshape":
-            hint = f"{node.outputs[0].name}/shape"
-            operands[1] = surgery.initializer(chain.nodes[-1], hint, np.array(tile, np.int64))
+        if node.op_type == "Reshape":  # inference looks for the target in the graph of the node alone
+            name = surgery.name(f"{node.outputs[0].name}/shape")
+            operands[1] = add_initializer(body, name, np.array(tile, np.int64))
         copy = surgery.copy(node, operands)
         copy.attributes.pop("allowzero", None)
         old, new = node.outputs[0], copy.outputs[0]
         new.type, new.shape = surgery.known.type_of(old), ir.Shape(tile)
         values[old] = new
-        copies.append(copy)
-    return ir.Graph(
-        inputs, copies[-1].outputs, nodes=copies, name=surgery.name(f"{chain.nodes[-1].name or 'tile'}/body")
-    )
+        body.append(copy)
+    body.outputs.append(body[-1].outputs[0])
+    return body
 
 
 def _typed(surgery: Surgery, value: ir.Value, dims: Dims) -> ir.Value:
