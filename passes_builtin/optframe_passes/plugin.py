@@ -92,6 +92,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "fuse-layernorm", "optframe_passes.fuse_layernorm:FuseLayerNorm", "make native LayerNormalization nodes"
         ),
         PassSpec("infer-shapes", "optframe_passes.infer_shapes:InferShapes", "write inferred shapes into the model"),
+        PassSpec(
+            "lift-denormals",
+            "optframe_passes.lift_denormals:LiftDenormals",
+            "keep products from reading numbers that CPUs multiply slowly",
+        ),
         PassSpec("lift-opset", "optframe_passes.lift_opset:LiftOpset", "raise an older model to opset 18"),
         PassSpec(
             "merge-duplicates",
@@ -158,8 +163,8 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,tile-rows,merge-duplicates,"
-            "eliminate-dead-code",
+            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,lift-denormals,tile-rows,"
+            "merge-duplicates,eliminate-dead-code",
             "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(

@@ -21,6 +21,7 @@ from optframe_passes.fold_constants import FoldConstants
 from optframe_passes.fold_conv_scale import FoldConvScale
 from optframe_passes.fold_scale import FoldScale
 from optframe_passes.infer_shapes import InferShapes
+from optframe_passes.lift_denormals import LiftDenormals
 from optframe_passes.lift_opset import LiftOpset
 from optframe_passes.merge_duplicates import MergeDuplicates
 from optframe_passes.merge_parallel_matmuls import MergeParallelMatMuls
@@ -34,6 +35,7 @@ Parse = Callable[..., ir.Model]
 
 PASSES = (
     LiftOpset,
+    LiftDenormals,
     InferShapes,
     FoldConstants,
     FoldConvScale,
