@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
 
-from optframe import accuracy, engines, files, gate, graph, latency, precision
+from optframe import accuracy, engines, files, gate, graph, latency
 from optframe import feeds as feeds_module
 from optframe.accuracy import OutputError
 from optframe.backend import BuildOptions, Engine, Runner
@@ -22,13 +22,14 @@ from optframe.gate import OptimizeResult, Verify
 from optframe.latency import Latency
 from optframe.onnx_model import OnnxFileModel, OnnxFileOptions
 from optframe.pipeline import Pipeline
-from optframe.precision import Ranges, Sensitivity
 from optframe.registry import Registry, default_registry
-from optframe.report import RunReport, write_html, write_json
-from optframe.stages import DUMP_FOLDER, Run, RunRequest, Source
-from optframe.stages.runner import CORE, StageRunner, Worker
 from optframe.store import Store
 from optframe.types import Feeds, Outputs, Precision
+
+if TYPE_CHECKING:  # what not every call needs is imported by those that do
+    from optframe.precision import Ranges, Sensitivity
+    from optframe.report import RunReport
+    from optframe.stages import RunRequest, Source
 
 ModelLike = ir.Model | str | os.PathLike[str]
 FeedsLike = Sequence[Feeds] | str | os.PathLike[str] | None
@@ -111,6 +112,8 @@ def convert_precision(
     Raises:
         InputError: int8 without calibration data, an unknown precision or calibrator, or ranges of another model.
     """
+    from optframe import precision
+
     loaded = load(model)
     registry = registry or default_registry()
     if to == "fp32":
@@ -124,7 +127,7 @@ def convert_precision(
             raise InputError("int8 needs data to calibrate on: pass calibration=..., a list of inputs or an .npz file")
         chosen = registry.load_calibrator(calibrator)()
         ranges = precision.calibrate(loaded, read_inputs(calibration, loaded), chosen)
-    elif not isinstance(ranges, Ranges):
+    elif not isinstance(ranges, precision.Ranges):
         ranges = precision.load_ranges(Path(ranges))
     return precision.quantize(loaded, ranges, keep=tuple(keep), base=int8_base, ops=registry.ops())
 
@@ -311,6 +314,9 @@ def run(
         CheckFailed: the exported graph does not equal its source.
         EnvironmentLacks: a library, a device or disk space is missing.
     """
+    from optframe.stages import DUMP_FOLDER, Run, RunRequest
+    from optframe.stages.runner import StageRunner
+
     registry = registry or default_registry()
     source = find_source(model, options or {}, registry)
     target = files.make_folder(Path(out)) if out is not None else None
@@ -344,6 +350,9 @@ def calibrate(
         InputError: the model, an option or the request is wrong, or there is no usable data to calibrate on.
         EnvironmentLacks: a library or disk space is missing.
     """
+    from optframe.stages import Run, RunRequest
+    from optframe.stages.runner import StageRunner
+
     registry = registry or default_registry()
     source = find_source(model, options or {}, registry)
     with store.work_folder() if store else tempfile.TemporaryDirectory() as work:
@@ -364,6 +373,9 @@ def find_source(model: str | os.PathLike[str], options: Mapping[str, Any], regis
     Raises:
         InputError: there is no such model or file, or the model does not take an option.
     """
+    from optframe.stages import Source
+    from optframe.stages.runner import CORE, Worker
+
     name = os.fspath(model)
     if is_file(model):
         file = OnnxFileModel(OnnxFileOptions(path=Path(name), **_known(OnnxFileOptions, name, options)))
@@ -386,6 +398,8 @@ def _known(kind: type[Any], model: str, options: Mapping[str, Any]) -> Mapping[s
 
 def _publish(result: RunReport, artefacts: Mapping[str, Path], target: Path) -> None:
     """Copy what a run made to `target`, the report last, so that a report never speaks of what is not there."""
+    from optframe.report import write_html, write_json
+
     for name, source in artefacts.items():
         files.copy(source, target / name)
     write_json(result, target / "report.json")

@@ -142,7 +142,26 @@ def opset(model: ir.Model) -> int:
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Yield every node of the graph and its subgraphs, not of functions."""
-    yield from model.graph.all_nodes()
+    return nodes_within(model.graph)
+
+
+def nodes_within(body: ir.Graph | ir.Function) -> Iterator[ir.Node]:
+    """Yield the nodes of `body`, behind each those of its subgraphs: several times as fast as onnx_ir's own walk."""
+    for node in body:
+        yield node
+        for subgraph in subgraphs(node):
+            yield from nodes_within(subgraph)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """Yield the graphs that `node` has as attributes (the branches of an If, the body of a Loop)."""
+    for attribute in node.attributes.data.values():  # the dictionary within: the mapping looks each key up again
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def op_histogram(model: ir.Model, kernel_ops: Collection[str] = ()) -> Counter[str]:
@@ -151,8 +170,8 @@ def op_histogram(model: ir.Model, kernel_ops: Collection[str] = ()) -> Counter[s
     Constant nodes are left out, nodes of subgraphs counted. A call of a model-local function counts as one node where
     its `domain::name` is among `kernel_ops` (it has a kernel); otherwise the nodes of its body are counted instead.
     """
-    functions = {identifier: _op_ids(function.all_nodes()) for identifier, function in model.functions.items()}
-    return count_ops(_op_ids(model.graph.all_nodes()), functions, kernel_ops)
+    functions = {identifier: _op_ids(nodes_within(function)) for identifier, function in model.functions.items()}
+    return count_ops(_op_ids(all_nodes(model)), functions, kernel_ops)
 
 
 def op_name(node: ir.Node) -> str:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.broadcast import is_rearrangement
 from optframe_passes.edit import bypass, can_bypass, remove
@@ -39,7 +40,7 @@ class ComposeLayout(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Compose in place."""
         surgery = Surgery(model, context)
-        waiting = deque(model.graph.all_nodes())
+        waiting = deque(all_nodes(model))
         while waiting:
             last: ir.Node | None = waiting.popleft()
             while last is not None and last.graph is not None and is_rearrangement(last):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS, RANDOM_OPS, constant_tensor
+from optframe.graph import ONNX_DOMAINS, RANDOM_OPS, constant_tensor, nodes_within, subgraphs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,17 +22,6 @@ def onnx_version(model: ir.Model) -> int:
 def is_onnx(node: ir.Node, *op_types: str) -> bool:
     """Return whether `node` is an op of ONNX's own domain, and one of `op_types` if any are given."""
     return node.domain in ONNX_DOMAINS and (not op_types or node.op_type in op_types)
-
-
-def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """Yield the graphs that `node` has as attributes (the branches of an If, the body of a Loop)."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def graph_of(node: ir.Node) -> ir.Graph:
@@ -132,7 +121,7 @@ def remove(nodes: Iterable[ir.Node]) -> None:
     for node in listed:
         _detach(node)
         for subgraph in subgraphs(node):
-            for inner in subgraph.all_nodes():
+            for inner in nodes_within(subgraph):
                 _detach(inner)
     for node in listed:
         graph_of(node).remove(node, safe=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx import defs
 
-from optframe.graph import ONNX_DOMAINS
+from optframe.graph import ONNX_DOMAINS, all_nodes, subgraphs
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.edit import is_onnx, onnx_version, remove, subgraphs
+from optframe_passes.edit import is_onnx, onnx_version, remove
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _remove_initializers(graph: ir.Graph, context: PassContext) -> int:
 
 def _remove_functions(model: ir.Model, context: PassContext) -> int:
     called: set[ir.OperatorIdentifier] = set()
-    stack: list[Iterator[ir.Node]] = [model.graph.all_nodes()]
+    stack: list[Iterator[ir.Node]] = [all_nodes(model)]
     while stack:
         for node in stack.pop():
             identifier = node.op_identifier()
@@ -152,7 +152,7 @@ def _remove_functions(model: ir.Model, context: PassContext) -> int:
 
 def _remove_imports(model: ir.Model) -> int:
     """Remove imports of foreign domains that have no node; ONNX's own stays, since a model states its opset."""
-    needed = {node.domain for node in model.graph.all_nodes()}
+    needed = {node.domain for node in all_nodes(model)}
     removed = 0
     for function in model.functions.values():
         called = {node.domain for node in function.all_nodes()}

@@ -8,6 +8,7 @@ from typing import ClassVar, TypeAlias
 
 import onnx_ir as ir
 
+from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import (
     bypass,
@@ -49,7 +50,7 @@ class EliminateIdentity(GraphPass):
         """Remove in place."""
         known = Propagation.of(model)
         rewrites = 0
-        for node in list(model.graph.all_nodes()):
+        for node in list(all_nodes(model)):
             if node.graph is None or not is_onnx(node) or node.op_identifier() in model.functions:
                 continue
             source = _source(node, known)

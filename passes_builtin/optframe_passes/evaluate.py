@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from optframe.graph import constant, constant_tensor
-from optframe_passes.edit import Array, deterministic, is_onnx, subgraphs
+from optframe.graph import constant, constant_tensor, subgraphs
+from optframe_passes.edit import Array, deterministic, is_onnx
 
 _IR_VERSION = 10
 """Of the models made here: old enough for every onnxruntime that is supported, new enough for every opset."""

@@ -9,21 +9,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import constant_tensor
+from optframe.graph import constant_tensor, subgraphs
 from optframe.onnx_file import NUMERIC
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes import shape_data
 from optframe_passes.constant_pool import WORKING_BYTES, ConstantPool
-from optframe_passes.edit import (
-    Array,
-    FreshNames,
-    add_initializer,
-    deterministic,
-    graph_of,
-    is_onnx,
-    remove,
-    subgraphs,
-)
+from optframe_passes.edit import Array, FreshNames, add_initializer, deterministic, graph_of, is_onnx, remove
 from optframe_passes.infer_shapes import record_shapes
 from optframe_passes.inline_branch import inline_branch
 

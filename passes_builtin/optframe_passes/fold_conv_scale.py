@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import constant
+from optframe.graph import all_nodes, constant
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx
 
@@ -46,7 +46,7 @@ class FoldConvScale(GraphPass):
         """Fold in place."""
         names = FreshNames(model)
         rewrites = 0
-        for node in list(model.graph.all_nodes()):
+        for node in list(all_nodes(model)):
             if node.graph is not None and is_onnx(node, "Conv", "ConvTranspose"):
                 rewrites += _fold(node, names, context)
         return PassResult(rewrites > 0, rewrites)

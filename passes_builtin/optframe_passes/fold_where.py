@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.constant_pool import tensor_of
 from optframe_passes.edit import bypass, can_bypass, is_onnx, remove
@@ -37,7 +38,7 @@ class FoldWhere(GraphPass):
         """Fold in place."""
         surgery = Surgery(model, context)
         masks = _Masks(surgery)
-        for node in list(model.graph.all_nodes()):
+        for node in list(all_nodes(model)):
             if node.graph is None or node.op_identifier() in model.functions:
                 continue
             if is_onnx(node, "Where") and len(node.inputs) == 3:

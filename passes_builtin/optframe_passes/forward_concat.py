@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import bypass, can_bypass, ints_option, is_onnx, remove, small_constant
 from optframe_passes.surgery import Surgery, producer_of
@@ -36,7 +37,7 @@ class ForwardConcat(GraphPass):
         """Forward in place."""
         surgery = Surgery(model, context)
         if surgery.opset >= 13:
-            for node in list(model.graph.all_nodes()):
+            for node in list(all_nodes(model)):
                 rule = _RULES.get(node.op_type) if is_onnx(node) else None
                 current: ir.Node | None = node if node.op_identifier() not in model.functions else None
                 while rule is not None and current is not None and current.graph is not None:

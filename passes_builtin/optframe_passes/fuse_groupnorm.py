@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import opset
+from optframe.graph import all_nodes, opset
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, small_constant
 from optframe_passes.propagate import Propagation
@@ -37,7 +37,7 @@ class FuseGroupNorm(GraphPass):
         """Fuse in place."""
         known, names = Propagation.of(model), FreshNames(model)
         rewrites = 0
-        for node in [node for node in model.graph.all_nodes() if is_onnx(node, "InstanceNormalization")]:
+        for node in [node for node in all_nodes(model) if is_onnx(node, "InstanceNormalization")]:
             match = _match(node, known)
             if isinstance(match, _Match) and opset(model) < NATIVE_OPSET:
                 match = f"GroupNormalization with a scale for each channel needs opset {NATIVE_OPSET}"

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.propagate import Propagation
 from optframe_passes.shape_data import UNKNOWN, Dim
@@ -38,7 +39,7 @@ def record_shapes(model: ir.Model, known: Propagation) -> int:
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
-    for node in model.graph.all_nodes():
+    for node in all_nodes(model):
         for value in node.outputs:
             if value.name != "":
                 yield value

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optframe import ops
+from optframe.graph import all_nodes
 from optframe.passes import PassContext
 from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, ints_option, is_onnx, small_constant
 from optframe_passes.propagate import Propagation
@@ -85,7 +86,7 @@ def find_layernorms(model: ir.Model, context: PassContext, known: Propagation | 
     known = known or Propagation.of(model)
     matches: list[LayerNormMatch] = []
     taken: set[ir.Node] = set()
-    for node in model.graph.all_nodes():
+    for node in all_nodes(model):
         if node in taken or not is_onnx(node, "ReduceMean", "LayerNormalization") or _is_variance(node):
             continue
         attempt = _WrittenOut(node, known, context) if node.op_type == "ReduceMean" else _Native(node, known)
@@ -104,7 +105,7 @@ def inline_layernorms(model: ir.Model, context: PassContext, native: bool = Fals
     plugin ops stay: they are the op's meaning. Returns whether anything was inlined.
     """
     chosen = _holding_functions(model, context, native)
-    calls = [node for node in model.graph.all_nodes() if node.op_identifier() in chosen]
+    calls = [node for node in all_nodes(model) if node.op_identifier() in chosen]
     for node in calls:
         conflict = ops.opset_conflict(model, model.functions[node.op_identifier()])
         if conflict is not None:

@@ -11,8 +11,9 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from optframe.graph import subgraphs
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.edit import bypass, can_bypass, deterministic, is_onnx, remove, subgraphs
+from optframe_passes.edit import bypass, can_bypass, deterministic, is_onnx, remove
 
 _Key: TypeAlias = Callable[[ir.Value], Hashable]
 

@@ -16,9 +16,9 @@ import onnx
 import onnx_ir as ir
 from onnx import defs, shape_inference
 
-from optframe.graph import ONNX_DOMAINS, constant_tensor
+from optframe.graph import ONNX_DOMAINS, constant_tensor, subgraphs
 from optframe_passes import shape_data
-from optframe_passes.edit import Array, onnx_version, small_constant, subgraphs
+from optframe_passes.edit import Array, onnx_version, small_constant
 from optframe_passes.shape_data import MAX_ELEMENTS, UNKNOWN, Dim, Element, Elements
 
 SHAPE_INPUTS: dict[str, tuple[int, ...]] = {

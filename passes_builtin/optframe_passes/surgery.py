@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from optframe.graph import ONNX_DOMAINS, weight_bytes
+from optframe.graph import ONNX_DOMAINS, all_nodes, subgraphs, weight_bytes
 from optframe.passes import PassContext, PassResult
 from optframe_passes.constant_pool import tensor_of
-from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, onnx_version, remove, subgraphs
+from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, onnx_version, remove
 from optframe_passes.propagate import Propagation, op_schema
 
 FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE})
@@ -94,7 +94,7 @@ class Surgery:
 
     @cached_property
     def _node_names(self) -> set[str | None]:
-        return {node.name for node in self._model.graph.all_nodes() if node.name}
+        return {node.name for node in all_nodes(self._model) if node.name}
 
     @cached_property
     def _limit(self) -> int:
@@ -115,7 +115,7 @@ class Surgery:
         redefined = any(domain in ONNX_DOMAINS for domain, _, _ in self._model.functions)
         if redefined or not _is_sound(self._model.graph, frozenset(), self.opset):
             return []
-        return list(self._model.graph.all_nodes())
+        return list(all_nodes(self._model))
 
     def tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """Return the tensor, unread, behind a constant float `value` that is small enough to compute with."""

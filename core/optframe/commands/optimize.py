@@ -14,8 +14,6 @@ from optframe.commands import options as shared
 from optframe.commands.progress import Progress
 from optframe.errors import CheckFailed, InputError
 from optframe.gate import OptimizeResult
-from optframe.precision import load_ranges
-from optframe.report import figures
 from optframe.session import Session
 from optframe.types import Precision
 
@@ -81,6 +79,8 @@ def read_precision(text: str, ranges: Path | None) -> Precision:
     if kinds[0] == "int8" and ranges is None:
         raise InputError("int8 needs --calibration-cache: `optframe calibrate` makes it")
     if ranges is not None:
+        from optframe.precision import load_ranges
+
         load_ranges(ranges)
     return kinds[0]
 
@@ -112,7 +112,15 @@ def show(session: Session, result: OptimizeResult, as_json: bool, counted: tuple
     session.console.print(table)
     if result.records:
         first, last = result.records[0].nodes_before, result.records[-1].nodes_after
-        work = f", {figures.flops(counted[0])} → {figures.flops(counted[1])}" if counted else ""
-        session.console.print(f"{first} → {last} nodes{work}", highlight=False)
+        session.console.print(f"{first} → {last} nodes{show_work(counted)}", highlight=False)
     for warning in result.warnings:
         session.warn(warning)
+
+
+def show_work(counted: tuple[int, int] | None) -> str:
+    """Return the FLOPs before and after as the end of a line, nothing where they were not counted."""
+    if counted is None:
+        return ""
+    from optframe.report import figures
+
+    return f", {figures.flops(counted[0])} → {figures.flops(counted[1])}"

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from optframe.errors import InputError
-from optframe.graph import ONNX_DOMAINS
+from optframe.graph import ONNX_DOMAINS, subgraphs
 from optframe.snapshot import Snapshot, ops_of
 from optframe.worker import Worker, WorkerFailure
 
@@ -52,9 +52,8 @@ def _wiring_problems(graph: ir.Graph, outer: Mapping[str, ir.Value]) -> Iterator
         for read in node.inputs:
             if read is not None and known.get(read.name or "") is not read:
                 yield f"{_label(node)} reads '{read.name}', which nothing before it makes"
-        for attribute in node.attributes.values():
-            for inner in _graphs(attribute):
-                yield from _wiring_problems(inner, known)
+        for inner in subgraphs(node):
+            yield from _wiring_problems(inner, known)
         for value in node.outputs:
             if value.name and value.name in known:
                 yield f"two values are called '{value.name}'"
@@ -62,12 +61,6 @@ def _wiring_problems(graph: ir.Graph, outer: Mapping[str, ir.Value]) -> Iterator
     for value in graph.outputs:
         if known.get(value.name or "") is not value:
             yield f"graph output '{value.name}' is made by nothing"
-
-
-def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
-    if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-        return []
-    return [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else list(attribute.as_graphs())
 
 
 def _label(node: ir.Node) -> str:
