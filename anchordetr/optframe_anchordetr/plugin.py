@@ -64,18 +64,18 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "anchordetr-end",
-            "fuse-layernorm-plugin,fuse-skip-layernorm-plugin,merge-duplicates,eliminate-dead-code",
+            "fuse-layernorm-plugin,fuse-skip-layernorm-plugin,tidy",
             "what the pipelines of Anchor DETR end with: LayerNorm as plugin op, with the sum before it",
         ),
         PipelineSpec(
             "anchordetr",
-            "anchordetr-start,fuse-rcda,linear,layout,anchordetr-end",
+            "anchordetr-start,fuse-rcda,select,linear,layout,anchordetr-end",
             "what portable does, and the plugin ops of Anchor DETR, which carry their meaning in standard ops",
         ),
         PipelineSpec(
             "anchordetr-tensorrt",
-            "anchordetr-start,fuse-rcda{rows=true},linear,compose-linear,"
-            "merge-parallel-matmuls{min_biased=4},layout,select-gemm,anchordetr-end",
+            "anchordetr-start,fuse-rcda{rows=true},select,linear,compose-linear,"
+            "merge-parallel-matmuls{min_biased=4},distribute-constant-add,layout,compose-linear,select-gemm,anchordetr-end",
             "what tensorrt does, with the plugin ops",
         ),
         PipelineSpec(

@@ -27,7 +27,8 @@ class FoldScale(GraphPass):
     MatMul, Gemm, Conv and ConvTranspose take a scale, and so does another constant factor. It reaches those before it
     through addition of constants (which are scaled), Reshape, Transpose, Squeeze and Unsqueeze and, where it is one
     positive number, through Relu and through a MatMul of two activations: the 1/sqrt(d) of attention becomes part of
-    the query's weights. Those behind it take it where all readers of the product do. A scale has one number, or one
+    the query's weights. Those behind it, through the same ops but for the last, take it where all readers of the
+    product do. A scale has one number, or one
     for each column or channel that the weights have. Computed in float64 and rounded once; where FP16 weights would
     leave their range the scale stays.
 
@@ -211,6 +212,8 @@ class _Folding:
             return None if found is None else self._before(node, found)
         if is_onnx(node, *_HOMOGENEOUS):
             return self._before(node, scale) if scale.size == 1 and scale.item() > 0 else None
+        if is_onnx(node, "Add", "Sub"):
+            return self._before_addition(node, index, scale)
         if index != 0 or not is_onnx(node, *_WEIGHTED) or self._surgery.tensor(node.inputs[0]) is not None:
             return None
         return self._into_inputs(node, scale)
@@ -218,6 +221,15 @@ class _Folding:
     def _before(self, node: ir.Node, scale: Array) -> Steps | None:
         steps = self._descend(node, scale)
         return None if steps is None else {node: {}, **steps}
+
+    def _before_addition(self, node: ir.Node, index: int, scale: Array) -> Steps | None:
+        """Let what is behind the addition of a constant take the scale, and divide the constant by it."""
+        side = self._surgery.constant_side(node)
+        if side is None or side == index or self._known.dims(node.inputs[index]) != self._known.dims(node.outputs[0]):
+            return None
+        scaled = self._scaled_constant(node, side, 1 / scale)
+        steps = None if scaled is None else self._descend(node, scale)
+        return None if scaled is None or steps is None else {node: {side: scaled}, **steps}
 
     def _into_inputs(self, node: ir.Node, scale: Array) -> Steps | None:
         """Scale the weights of `node` so that its input needs no scale."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.edit import bypass, can_bypass, ints_option, is_onnx, remove, small_constant
+from optframe_passes.edit import bypass, can_bypass, graph_of, ints_option, is_onnx, remove, small_constant
 from optframe_passes.surgery import Surgery, producer_of
 
 
@@ -22,9 +22,10 @@ class ForwardConcat(GraphPass):
 
     Slice with step 1 and Gather of one constant index, along the axis of the Concat, move to the operand; a Slice of
     all of it is the operand itself. The parts of a Split that are operands of a Concat are those operands, and a Concat
-    of all parts of a Split in order is what was split. A Split with one part in use is a Slice. Gather of the only
-    entry of an axis that an Unsqueeze made undoes the Unsqueeze (`torch.stack(values)[-1]` is the last value). What
-    other operands were computed from is free to go then. Sizes along the axis have to be known, others need not be.
+    of all parts of a Split in order is what was split. A Split with one part in use is a Slice; a Slice that takes a
+    part of a Split again is that part. Gather of the only entry of an axis that an Unsqueeze made undoes the Unsqueeze
+    (`torch.stack(values)[-1]` is the last value). What other operands were computed from is free to go then. Sizes
+    along the axis have to be known, others need not be.
 
     Example:
         before: `y = Gather(Concat(Unsqueeze(a, [0]), Unsqueeze(b, [0]), axis=0), 1, axis=0)`
@@ -86,9 +87,12 @@ def _bypass(surgery: Surgery, node: ir.Node, value: ir.Value) -> None:
 
 def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     concat = producer_of(node.inputs[0], "Concat")
-    axis = None if concat is None else _axis(surgery, concat, node.inputs[0])
+    if concat is None:
+        _share_part(surgery, node)
+        return None
+    axis = _axis(surgery, concat, node.inputs[0])
     taken = None if axis is None else slice_range(surgery, node, axis)
-    if concat is None or axis is None or taken is None:
+    if axis is None or taken is None:
         return None
     found = _operand(surgery, concat, axis, *taken)
     if found is None:
@@ -101,6 +105,34 @@ def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     if not surgery.context.allow(node):
         return None
     return _replace_by_slice(surgery, [node], operand, axis, taken[0] - offset, taken[1] - offset)
+
+
+def _share_part(surgery: Surgery, node: ir.Node) -> None:
+    """Let the part of a Split take the place of a Slice that takes the same from the same tensor."""
+    readers = [] if node.inputs[0] is None else [use.node for use in node.inputs[0].uses() if use.idx == 0]
+    for split in readers:
+        axis = _axis(surgery, split, node.inputs[0]) if is_onnx(split, "Split") and split.graph is node.graph else None
+        taken = None if axis is None else slice_range(surgery, node, axis)
+        sizes = [] if axis is None or taken is None else [_size(surgery, value, axis) for value in split.outputs]
+        moves = all(value is None or value.producer() is None for value in split.inputs[1:])
+        if taken is None or None in sizes or not moves or node.outputs[0].is_graph_output():
+            continue
+        ends = np.cumsum([size or 0 for size in sizes])
+        for value, size, end in zip(split.outputs, sizes, ends, strict=True):
+            if taken == (end - (size or 0), end) and not value.is_graph_output() and surgery.context.allow(node):
+                _move_before(split, node)
+                bypass(node.outputs[0], value)
+                remove([node])
+                surgery.rewrites += 1
+                return
+
+
+def _move_before(split: ir.Node, node: ir.Node) -> None:
+    """Put a Split, whose sizes are an initialiser, in front of another reader of the same tensor, if it is behind."""
+    graph = graph_of(node)
+    if next(each for each in graph if each in (split, node)) is node:
+        graph.remove(split)
+        graph.insert_before(node, split)
 
 
 def slice_range(surgery: Surgery, node: ir.Node, axis: int) -> tuple[int, int] | None:

@@ -109,6 +109,11 @@ def optframe_passes() -> Iterable[PassSpec]:
             "make one MatMul of those that read the same input",
         ),
         PassSpec(
+            "move-transposes",
+            "optframe_passes.move_transposes:MoveTransposes",
+            "move Transposes through other ops, so that they meet and cancel",
+        ),
+        PassSpec(
             "scatter-to-slices",
             "optframe_passes.scatter_to_slices:ScatterToSlices",
             "write a scatter into a slice as Split and Concat, or as an addition",
@@ -141,36 +146,43 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
     """Register the named pipelines."""
     return [
         PipelineSpec(
-            "clean",
-            "lift-opset,fold-constants,eliminate-identity,merge-duplicates,eliminate-dead-code",
-            "what every model wants: constants, duplicates and dead code gone",
+            "tidy",
+            "fold-constants,eliminate-identity,merge-duplicates,eliminate-dead-code",
+            "constants, needless nodes, duplicates and dead code gone, as other passes leave them too",
         ),
+        PipelineSpec("clean", "lift-opset,tidy", "what every model wants: a recent opset, and nothing needless"),
         PipelineSpec(
-            "layout",
-            "scatter-to-slices,compose-slices,forward-concat,fold-where,drop-broadcast,"
-            "compose-layout,flatten-tokens,compose-layout,drop-broadcast,eliminate-identity",
-            "as few nodes that only move, repeat or select elements as the model needs",
+            "select",
+            "scatter-to-slices,compose-slices,forward-concat,compose-slices,fold-where,drop-broadcast,"
+            "eliminate-identity,eliminate-dead-code",
+            "as few nodes that select, repeat or join elements as the model needs",
         ),
         PipelineSpec(
             "linear",
-            "fold-scale,exchange-mean-linear,drop-softmax-invariant,distribute-constant-add,merge-duplicates",
+            "exchange-mean-linear,fold-scale,drop-softmax-invariant,distribute-constant-add,drop-softmax-invariant,"
+            "merge-duplicates",
             "less arithmetic in and around matrix products, and positions in their biases",
         ),
         PipelineSpec(
+            "layout",
+            "compose-layout,move-transposes,flatten-tokens,compose-layout,move-transposes,forward-concat,"
+            "compose-slices,drop-broadcast",
+            "as few nodes that only move elements as the model needs",
+        ),
+        PipelineSpec(
             "portable",
-            "clean,fuse-layernorm,fold-conv-scale,linear,layout,merge-duplicates,eliminate-dead-code",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,tidy",
             "standard ops only: runs wherever the model ran",
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,linear,layout,winograd-conv,lift-denormals,tile-rows,"
-            "merge-duplicates,eliminate-dead-code",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,winograd-conv,lift-denormals,tile-rows,tidy",
             "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(
             "tensorrt",
-            "clean,fuse-layernorm,fold-conv-scale,linear,compose-linear,merge-parallel-matmuls{min_biased=4},layout,"
-            "select-gemm,merge-duplicates,eliminate-dead-code",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,compose-linear,merge-parallel-matmuls{min_biased=4},"
+            "distribute-constant-add,layout,compose-linear,select-gemm,tidy",
             "few and large products in standard ops, for a builder that fuses what lies between them itself",
         ),
         PipelineSpec(

@@ -119,8 +119,13 @@ class Surgery:
 
     def tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """Return the tensor, unread, behind a constant float `value` that is small enough to compute with."""
+        tensor = self.any_tensor(value)
+        return tensor if tensor is not None and tensor.dtype in FLOATS else None
+
+    def any_tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
+        """Return the tensor, unread and of any type, behind a constant `value` that is not too large."""
         tensor = None if value is None else tensor_of(value)
-        return tensor if tensor is not None and tensor.dtype in FLOATS and tensor.nbytes <= self._limit else None
+        return tensor if tensor is not None and tensor.nbytes <= self._limit else None
 
     def constant(self, value: ir.Value | None) -> Array | None:
         """Return the content of `tensor(value)` in float64."""

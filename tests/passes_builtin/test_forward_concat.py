@@ -76,3 +76,14 @@ def test_a_split_of_a_concat_goes_with_the_concat_of_its_parts(check: Check) -> 
     body = "r = Relu (a) c = Concat <axis = 1> (r) s, t = Split <axis = 1> (c, i0) y = Concat <axis = 1> (s, t)"
     text = graph(body).replace("<int64 i0", "<int64[2] sizes = {1, 3}, int64 i0").replace("(c, i0)", "(c, sizes)")
     assert check(ForwardConcat(), text).ops == {"Relu": 1, "Concat": 1}
+
+
+@pytest.mark.parametrize("first", ["slice", "split"])
+def test_a_slice_that_takes_a_part_of_a_split_is_that_part(first: str, check: Check) -> None:
+    slice_, split = "a = Slice (x, one, three, axis)", "b, c, d = Split <axis = 1> (x, s)"
+    nodes = f"{slice_}  {split}" if first == "slice" else f"{split}  {slice_}"
+    text = f"""g (float[N,6] x) => (float[N,2] y, float[N,1] b, float[N,3] d)
+        <int64[1] one = {{1}}, int64[1] three = {{3}}, int64[1] axis = {{1}}, int64[3] s = {{1, 2, 3}}>
+        {{ {nodes}  e = Relu (c)  f = Neg (a)  y = Add (e, f) }}"""
+    outcome = check(ForwardConcat(), text, allowed=0.0)
+    assert outcome.ops == {"Split": 1, "Relu": 1, "Neg": 1, "Add": 1}

@@ -16,19 +16,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from optframe import graph
+from optframe import gate, graph
 from optframe.gate.structure import wiring_problem
 from optframe.passes import GraphPass, PassContext
+from optframe.pipeline import Pipeline
+from optframe.registry import default_registry
+from optframe.snapshot import Snapshot
+from optframe_passes.compose_layout import ComposeLayout
 from optframe_passes.compose_slices import ComposeSlices
 from optframe_passes.drop_broadcast import DropBroadcast
 from optframe_passes.eliminate_dead_code import EliminateDeadCode
 from optframe_passes.eliminate_identity import EliminateIdentity
+from optframe_passes.flatten_tokens import FlattenTokens
 from optframe_passes.fold_constants import FoldConstants
 from optframe_passes.fold_conv_scale import FoldConvScale
+from optframe_passes.fold_where import FoldWhere
+from optframe_passes.forward_concat import ForwardConcat
 from optframe_passes.infer_shapes import InferShapes
 from optframe_passes.lift_opset import LiftOpset
 from optframe_passes.merge_duplicates import MergeDuplicates
+from optframe_passes.move_transposes import MoveTransposes
 from optframe_passes.scatter_to_slices import ScatterToSlices
+from optframe_passes.sink_split import SinkSplit
 
 Array = np.ndarray[Any, Any]
 Dims = tuple[int | str, ...]
@@ -40,7 +49,13 @@ PASSES: tuple[GraphPass, ...] = (
     FoldConvScale(),
     ScatterToSlices(),
     ComposeSlices(),
+    ForwardConcat(),
+    FoldWhere(),
     DropBroadcast(),
+    ComposeLayout(),
+    MoveTransposes(),
+    FlattenTokens(),
+    SinkSplit(),
     EliminateIdentity(),
     MergeDuplicates(),
     EliminateDeadCode(),
@@ -146,6 +161,58 @@ class Generator:
         if self.pick([True, False]):
             self.with_axes("Squeeze", longer, [len(dims)], dims)
 
+    def make_concat(self, source: str, dims: Dims) -> None:
+        axis = self.pick(range(1, len(dims)))
+        fits = [
+            name
+            for name, found in self.dims.items()
+            if len(found) == len(dims) and found[:axis] == dims[:axis] and found[axis + 1 :] == dims[axis + 1 :]
+        ]
+        parts = [source, *(self.pick(fits) for _ in range(self.pick([1, 2])))]
+        total = sum(int(self.dims[name][axis]) for name in parts)
+        if total <= 24:
+            self.node(
+                "Concat", parts, (*dims[:axis], total, *dims[axis + 1 :]), axis=self.pick([axis, axis - len(dims)])
+            )
+
+    def make_split(self, source: str, dims: Dims) -> None:
+        axis = self.pick(range(1, len(dims)))
+        size = int(dims[axis])
+        if size < 2:
+            return
+        first = self.pick(range(1, size))
+        parts = [self.name(), self.name()]
+        sizes, attributes = (first, size - first), {"axis": axis}
+        if self.opset < 13:
+            self.nodes.append(helper.make_node("Split", [source], parts, split=sizes, **attributes))
+        else:
+            self.nodes.append(helper.make_node("Split", [source, self.ints(*sizes)], parts, **attributes))
+        for name, part in zip(parts, sizes, strict=True):
+            self.dims[name] = (*dims[:axis], part, *dims[axis + 1 :])
+
+    def make_pad(self, source: str, dims: Dims) -> None:
+        pads = [0, *(self.pick([0, 0, 1]) for _ in dims[1:])] * 2
+        padded = tuple(d if isinstance(d, str) else d + 2 * pad for d, pad in zip(dims, pads, strict=False))
+        if math.prod(d for d in padded if isinstance(d, int)) <= 600:
+            self.node("Pad", [source, self.ints(*pads)], padded)
+
+    def make_bias(self, source: str, dims: Dims) -> None:
+        """A constant that varies along some of the axes."""
+        shape = [int(dim) if self.pick([True, False]) and isinstance(dim, int) else 1 for dim in dims]
+        shape = shape[self.pick(range(len(shape))) :]
+        array = np.sin(np.arange(math.prod(shape), dtype=np.float32)).reshape(shape)
+        self.node(self.pick(BINARY), self.pick([[source, self.weight(array)], [self.weight(array), source]]), dims)
+
+    def make_transposed_back(self, source: str, dims: Dims) -> None:
+        """An island between two Transposes, as exports of TensorFlow have them around everything."""
+        order = [0, *self.data.draw(st.permutations(range(1, len(dims))))]
+        turned = tuple(dims[axis] for axis in order)
+        inner = self.node("Transpose", [source], turned, perm=order)
+        for _ in range(self.pick([1, 2])):
+            self.pick([self.make_unary, self.make_bias, self.make_softmax, self.make_binary])(inner, turned)
+            inner = next(reversed(self.dims))
+        self.node("Transpose", [inner], dims, perm=[int(axis) for axis in np.argsort(order)])
+
     def make_softmax(self, source: str, dims: Dims) -> None:
         self.node("Softmax", [source], dims, axis=self.pick(range(1, len(dims))))
 
@@ -248,3 +315,21 @@ def test_generated_graphs_keep_their_meaning(opset: int, data: st.DataObject) ->
             for old, new in zip(arrays, run(model, *case), strict=True):
                 # Products may be added up in another order: about ten sums of six terms below 1e3.
                 np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-5, err_msg=step.name)
+
+
+def optimized(model: ir.Model, pipeline: Pipeline) -> ir.Model:
+    return gate.optimize(model.clone(), pipeline, ops=default_registry().ops(), verify="off").model
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["portable", "cpu", "tensorrt", "anchordetr", "anchordetr-tensorrt"])
+def test_pipelines_leave_nothing_to_do(name: str, data: st.DataObject) -> None:
+    model = Generator(data, data.draw(st.sampled_from([11, 17, 21]))).model(data.draw(st.integers(1, 14)))
+    pipeline = Pipeline.parse(name, default_registry())
+    once = optimized(model, pipeline)
+    twice = optimized(once, pipeline)
+    assert Snapshot.take(once).same(Snapshot.take(twice), types=False), "a second run changes the model"
+    for case in [(2, True), (3, False)]:
+        for old, new in zip(run(model, *case), run(once, *case), strict=True):
+            np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-5)  # as above

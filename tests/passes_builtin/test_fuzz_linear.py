@@ -15,10 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from optframe import graph
+from optframe import gate, graph
 from optframe.flops import count_flops
 from optframe.gate.structure import wiring_problem
 from optframe.passes import GraphPass, PassContext
+from optframe.pipeline import Pipeline
+from optframe.registry import default_registry
+from optframe.snapshot import Snapshot
 from optframe_passes.compose_linear import ComposeLinear
 from optframe_passes.distribute_constant_add import DistributeConstantAdd
 from optframe_passes.drop_softmax_invariant import DropSoftmaxInvariant
@@ -226,6 +229,25 @@ def test_generated_layers_keep_their_meaning(opset: int, batch: int | str, data:
                 np.testing.assert_allclose(
                     new, old, rtol=1e-9, atol=1e-9 * np.abs(old).max(initial=1), err_msg=step.name
                 )
+
+
+def optimized(model: ir.Model, pipeline: Pipeline) -> ir.Model:
+    return gate.optimize(model.clone(), pipeline, ops=default_registry().ops(), verify="off").model
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["portable", "cpu", "tensorrt"])
+@pytest.mark.parametrize(("opset", "batch"), [(12, 3), (17, "N")])
+def test_pipelines_leave_nothing_to_do(name: str, opset: int, batch: int | str, data: st.DataObject) -> None:
+    generator = Generator(data, opset, batch)
+    model = generator.model(data.draw(st.integers(1, 9)))
+    if not generator.nodes:
+        return
+    pipeline = Pipeline.parse(name, default_registry())
+    once = optimized(model, pipeline)
+    twice = optimized(once, pipeline)
+    assert Snapshot.take(once).same(Snapshot.take(twice), types=False), "a second run changes the model"
 
 
 def cost(model: ir.Model) -> int:
