@@ -32,8 +32,8 @@ class FoldConvScale(GraphPass):
     """Fold BatchNormalization, and Mul, Div, Add and Sub by a constant for each channel, into the Conv before them.
 
     FrozenBatchNorm is a Mul and an Add of this kind. Conv and ConvTranspose with constant weights take part, with any
-    number of groups and dimensions; the chain behind them must have no other reader. Scale and offset of a chain are
-    gathered in float64 and rounded once to the type of the weights.
+    number of groups and dimensions, and Gemm, whose columns are the channels; the chain behind them must have no other
+    reader. Scale and offset of a chain are gathered in float64 and rounded once to the type of the weights.
 
     Example:
         before: `y = Add(Mul(Conv(x, w), scale), offset)`, scale and offset of shape (1, channels, 1, 1)
@@ -47,7 +47,7 @@ class FoldConvScale(GraphPass):
         names = FreshNames(model)
         rewrites = 0
         for node in list(all_nodes(model)):
-            if node.graph is not None and is_onnx(node, "Conv", "ConvTranspose"):
+            if node.graph is not None and is_onnx(node, "Conv", "ConvTranspose", "Gemm"):
                 rewrites += _fold(node, names, context)
         return PassResult(rewrites > 0, rewrites)
 
@@ -60,13 +60,16 @@ def _fold(conv: ir.Node, names: FreshNames, context: PassContext) -> bool:
     if weight is None or bias is None or weight.dtype.type not in _FLOATS:
         context.near_miss(conv, f"its weights are not constant, so the {follower.op_type} behind it stays")
         return False
+    if conv.op_type == "Gemm" and not _is_plain(conv, weight, bias):
+        context.near_miss(conv, "it scales its operands, or adds something else than one number for each column")
+        return False
     chain, total = _chain(conv, _channels(conv, weight), weight.ndim, context)
     if not chain:
         return False
     with np.errstate(over="ignore", invalid="ignore"):
         new_weight = np.empty_like(weight)  # the product is float64, piece by piece: no second copy in memory
         np.multiply(weight, _along_weight(conv, weight, total.scale), out=new_weight, casting="same_kind")
-        new_bias = (bias.astype(np.float64) * total.scale + total.offset).astype(weight.dtype)
+        new_bias = (bias.reshape(-1).astype(np.float64) * total.scale + total.offset).astype(weight.dtype)
     if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
         context.near_miss(conv, f"scaled weights would leave the range of {weight.dtype}")
         return False
@@ -113,7 +116,15 @@ def _only_reader(node: ir.Node) -> ir.Node | None:
     return reader if reader.graph is node.graph else None
 
 
+def _is_plain(gemm: ir.Node, weight: Array, bias: Array) -> bool:
+    """Return whether a Gemm is a product and a vector (or number) added to each row."""
+    unscaled = gemm.attributes.get_float("alpha", 1.0) == gemm.attributes.get_float("beta", 1.0) == 1
+    return unscaled and bias.size in (1, _channels(gemm, weight)) and bias.shape[-1:] in ((), (bias.size,))
+
+
 def _channels(conv: ir.Node, weight: Array) -> int:
+    if conv.op_type == "Gemm":
+        return int(weight.shape[1 - conv.attributes.get_int("transB", 0)])
     if conv.op_type == "Conv":
         return int(weight.shape[0])
     return int(weight.shape[1]) * conv.attributes.get_int("group", 1)
@@ -123,8 +134,10 @@ def _along_weight(conv: ir.Node, weight: Array, scale: Array) -> Array:
     """Return `scale` in a shape that multiplies the weights of each output channel.
 
     Weights are (out, in / groups, ...) for Conv and (in, out / groups, ...) for ConvTranspose, whose inputs of one
-    group lie side by side.
+    group lie side by side; (in, out) for Gemm, or transposed.
     """
+    if conv.op_type == "Gemm":
+        return scale.reshape((-1, 1) if conv.attributes.get_int("transB", 0) else (1, -1))
     ones = (1,) * (weight.ndim - 2)
     if conv.op_type == "Conv":
         return scale.reshape(-1, 1, *ones)

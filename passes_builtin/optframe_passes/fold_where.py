@@ -23,7 +23,8 @@ class FoldWhere(GraphPass):
     """Replace Where by the branch that a mask of one value always takes, and logic on such masks by its result.
 
     A mask is known where it is constant, where it was only expanded, reshaped or tiled from such a one, and behind
-    Not, And, Or and Xor of known masks (And needs one false, Or one true). If the branch is smaller than the result
+    Not, And, Or and Xor of known masks (And needs one false, Or one true); where both branches are the same value the
+    mask does not matter. If the branch is smaller than the result
     of the Where, because the mask or the other branch broadcasts it, an Expand takes the place of the Where.
     Masks that differ from element to element stay.
 
@@ -43,7 +44,9 @@ class FoldWhere(GraphPass):
                 continue
             if is_onnx(node, "Where") and len(node.inputs) == 3:
                 decided = masks.value(node.inputs[0])
-                if decided is not None:
+                if node.inputs[1] is node.inputs[2]:
+                    _take(surgery, node, node.inputs[1])
+                elif decided is not None:
                     _take(surgery, node, node.inputs[1 if decided else 2])
             elif is_onnx(node, "And", "Or", "Xor"):
                 _simplify(surgery, masks, node)

@@ -13,19 +13,19 @@ import onnx_ir as ir
 from optframe.graph import all_nodes
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import bypass, can_bypass, graph_of, ints_option, is_onnx, remove, small_constant
-from optframe_passes.surgery import Surgery, producer_of
+from optframe_passes.surgery import Surgery, only_reader, producer_of
 
 
 @dataclass(frozen=True)
 class ForwardConcat(GraphPass):
     """Let Gather, Slice and Split read the operand of a Concat that holds what they take.
 
-    Slice with step 1 and Gather of one constant index, along the axis of the Concat, move to the operand; a Slice of
-    all of it is the operand itself. The parts of a Split that are operands of a Concat are those operands, and a Concat
-    of all parts of a Split in order is what was split. A Split with one part in use is a Slice; a Slice that takes a
-    part of a Split again is that part. Gather of the only entry of an axis that an Unsqueeze made undoes the Unsqueeze
-    (`torch.stack(values)[-1]` is the last value). What other operands were computed from is free to go then. Sizes
-    along the axis have to be known, others need not be.
+    Slice with step 1 and Gather of constant indices, along the axis of the Concat, move to the operand; a Slice of all
+    of it is the operand itself, one of several operands a Concat of those. A Concat of Concats is one. The parts of a
+    Split that are operands of a Concat are those operands, and a Concat of all parts of a Split in order is what was
+    split. A Split with one part in use is a Slice; a Slice that takes a part of a Split again is that part. Gather of
+    the only entry of an axis that an Unsqueeze made undoes the Unsqueeze (`torch.stack(values)[-1]` is the last value).
+    What other operands were computed from is free to go then. Sizes along the axis have to be known, others need not.
 
     Example:
         before: `y = Gather(Concat(Unsqueeze(a, [0]), Unsqueeze(b, [0]), axis=0), 1, axis=0)`
@@ -95,6 +95,8 @@ def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     if axis is None or taken is None:
         return None
     found = _operand(surgery, concat, axis, *taken)
+    if found is None and _take_operands(surgery, node, concat, axis, taken):
+        return None
     if found is None:
         surgery.context.near_miss(node, "takes from more than one operand of a Concat, or sizes are not known")
         return None
@@ -105,6 +107,19 @@ def _forward_slice(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     if not surgery.context.allow(node):
         return None
     return _replace_by_slice(surgery, [node], operand, axis, taken[0] - offset, taken[1] - offset)
+
+
+def _take_operands(surgery: Surgery, node: ir.Node, concat: ir.Node, axis: int, taken: tuple[int, int]) -> bool:
+    """Let a Concat of several whole operands take the place of a Slice that alone reads a Concat of more."""
+    sizes = [_size(surgery, value, axis) for value in concat.inputs]
+    if None in sizes or only_reader(concat.outputs[0]) is not node:
+        return False
+    bounds = [0, *(int(bound) for bound in np.cumsum([size or 0 for size in sizes]))]
+    if not set(taken) <= set(bounds) or not surgery.context.allow(node):
+        return False
+    operands = [value for value, start in zip(concat.inputs, bounds, strict=False) if taken[0] <= start < taken[1]]
+    surgery.replace([concat, node], [surgery.new("Concat", operands, [concat, node], {"axis": axis})])
+    return True
 
 
 def _share_part(surgery: Surgery, node: ir.Node) -> None:
@@ -159,26 +174,27 @@ def _replace_by_slice(
 
 
 def _forward_gather(surgery: Surgery, node: ir.Node) -> ir.Node | None:
-    axis, content = _axis(surgery, node, node.inputs[0]), small_constant(node.inputs[1], 1)
+    axis, content = _axis(surgery, node, node.inputs[0]), small_constant(node.inputs[1])
     source = producer_of(node.inputs[0], "Concat", "Unsqueeze")
     size = None if axis is None else _size(surgery, node.inputs[0], axis)
-    if source is None or axis is None or size is None or content is None or content.size != 1:
+    if source is None or axis is None or size is None or content is None or not content.size:
         return None
-    index = int(content.reshape(-1)[0]) % size
+    indices = np.where(content < 0, content + size, content)
+    first, last = int(indices.min()), int(indices.max())
     if source.op_type == "Unsqueeze":
         made = ints_option(source, "axes", 1)
         rank = surgery.rank(node.inputs[0]) or 0
         value = source.inputs[0]
-        if made and [one % rank for one in made] == [axis] and content.ndim == 0 and value is not None:
+        if made and [one % rank for one in made] == [axis] and content.shape == () and value is not None:
             _bypass(surgery, node, value)
         return None
     if _axis(surgery, source, node.inputs[0]) != axis:
         return None
-    found = _operand(surgery, source, axis, index, index + 1)
+    found = _operand(surgery, source, axis, first, last + 1) if 0 <= first <= last < size else None
     if found is None or not surgery.context.allow(node):
         return None
     number = surgery.initializer(node, node.inputs[1].name or "index" if node.inputs[1] else "index",
-                                 np.full(content.shape, index - found[1], np.int64))  # fmt: skip
+                                 np.asarray(indices - found[1], np.int64))  # fmt: skip
     new = surgery.new("Gather", [found[0], number], [node], {"axis": axis})
     surgery.replace([node], [new])
     return new
@@ -235,6 +251,22 @@ def _forward_parts(
         surgery.rewrites += 1
 
 
+def _shorten_concat(surgery: Surgery, node: ir.Node) -> ir.Node | None:
+    """Let a Concat take the operands of Concats along the same axis that it alone reads, or undo a Split."""
+    axis = _axis(surgery, node, node.outputs[0])
+    inner = [producer_of(value, "Concat") for value in node.inputs if value is not None and only_reader(value) is node]
+    nested = [each for each in inner if each is not None and _axis(surgery, each, each.outputs[0]) == axis]
+    if axis is None or not nested or not surgery.context.allow(node):
+        return _undo_split(surgery, node)
+    operands: list[ir.Value | None] = []
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        operands += producer.inputs if producer in nested and producer is not None else [value]
+    new = surgery.new("Concat", operands, [*nested, node], {"axis": axis})
+    surgery.replace([*nested, node], [new])
+    return new
+
+
 def _undo_split(surgery: Surgery, node: ir.Node) -> ir.Node | None:
     """Let what was split take the place of a Concat of all parts in order."""
     split = producer_of(node.inputs[0], "Split")
@@ -249,7 +281,7 @@ def _undo_split(surgery: Surgery, node: ir.Node) -> ir.Node | None:
 
 
 _RULES: dict[str, Rule] = {
-    "Concat": _undo_split,
+    "Concat": _shorten_concat,
     "Gather": _forward_gather,
     "Slice": _forward_slice,
     "Split": _forward_split,

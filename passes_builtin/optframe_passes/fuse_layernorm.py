@@ -21,10 +21,11 @@ NATIVE_OPSET = 17
 class FuseLayerNorm(GraphPass):
     """Replace mean, difference, variance, root and quotient, with scale and bias, by one LayerNormalization.
 
-    Found over one or more trailing axes, given as attribute or input; the square as Pow or Mul, the quotient as Div or
-    as Reciprocal and Mul, operands in either order, the difference computed once or twice; scale and bias optional,
-    constant or not; with casts to float32 inside, which LayerNormalization makes itself (its statistics are float32,
-    never less exact than what they replace). Model-local functions that hold one are inlined first.
+    Found over one or more trailing axes, given as attribute or input; the square as Pow or Mul, the root as Sqrt or
+    Pow, the quotient as Div or as Reciprocal and Mul, operands in either order, the difference computed once or twice;
+    scale and bias optional, constant or not; with the scale in the divisor, and as x * s + (bias - mean * s), which is
+    how TensorFlow writes it; with casts to float32 inside, which LayerNormalization makes itself (its statistics are
+    float32, never less exact than what they replace). Model-local functions that hold one are inlined first.
 
     Left alone, with the reason as near-miss: statistics that others use too, variances over other axes or with ddof,
     an epsilon that is not constant or not under the root, float64, models below opset 17. A scale or bias that does

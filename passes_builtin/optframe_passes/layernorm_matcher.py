@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -250,10 +250,14 @@ class _WrittenOut:
         count = _trailing_axes(self.mean, len(shape))
         self.dims = shape[len(shape) - count :]
         deviations = {d.value: d for mean in self._twins(x) for d in _deviations(mean, self.known)}
-        epsilon, root = self._root(self._variance(deviations))
-        x, output, dtype = self._within_casts(x, self._normalized(root, deviations))
-        output, scale = self._parameter(output, "Mul")
-        output, bias = self._parameter(output, "Add")
+        epsilon, root, inverse = self._root(self._variance(deviations))
+        folded = self._folded(x, root, inverse, deviations)
+        core, scale, bias = folded or (self._normalized(root, inverse, deviations), None, None)
+        x, output, dtype = self._within_casts(x, core)
+        if folded is None:
+            output, scale = self._parameter(output, "Mul")
+        if bias is None:
+            output, bias = self._parameter(output, "Add")
         nodes = self._private_nodes(output)
         return LayerNormMatch(x, scale, bias, epsilon, -count, self.dims, dtype, nodes, output)
 
@@ -296,8 +300,8 @@ class _WrittenOut:
             return node.inputs[0] is node.inputs[1]
         return is_onnx(node, "Pow") and self._scalar(node.inputs[1]) == 2
 
-    def _root(self, variance: ir.Value) -> tuple[float, ir.Value]:
-        """Return epsilon and sqrt(variance + epsilon)."""
+    def _root(self, variance: ir.Value) -> tuple[float, ir.Value, bool]:
+        """Return epsilon, sqrt(variance + epsilon), and whether that is its inverse: Pow may take both."""
         add, read = self._next(variance)
         if not is_onnx(add, "Add"):
             reason = "no epsilon is added to the variance" if is_onnx(add, "Sqrt") else "the variance is scaled (ddof?)"
@@ -305,17 +309,70 @@ class _WrittenOut:
         epsilon = self._scalar(_other(add, read))
         if epsilon is None or not 0 <= epsilon < float("inf"):
             raise _Mismatch(add, "what it adds to the variance is no constant scalar from 0 up")
-        root, _ = self._next(add.outputs[0])
-        if not is_onnx(root, "Sqrt"):
+        root, read = self._next(add.outputs[0])
+        power = self._scalar(root.inputs[1]) if is_onnx(root, "Pow") and root.inputs[0] is read else None
+        if not is_onnx(root, "Sqrt") and power not in (0.5, -0.5):
             raise _Mismatch(root, "it is no Sqrt of variance and epsilon")
         self._take(add, root)
-        return epsilon, root.outputs[0]
+        return epsilon, root.outputs[0], power == -0.5
 
-    def _normalized(self, root: ir.Value, deviations: dict[ir.Value, _Deviation]) -> ir.Value:
+    def _folded(
+        self, x: ir.Value, root: ir.Value, inverse: bool, deviations: dict[ir.Value, _Deviation]
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+        """Return result, scale and bias where the scale is part of the factor s = scale / root, None if it is not."""
+        factor, scale, made = root, None, list[ir.Node]()
+        node = _only_consumer(root)
+        if node is not None and not inverse and is_onnx(node, "Div") and node.inputs[1] is root:
+            scale = node.inputs[0] if self._scalar(node.inputs[0]) != 1 else None
+            factor, inverse, made = node.outputs[0], True, [node]
+        elif node is not None and not inverse and is_onnx(node, "Reciprocal"):
+            factor, inverse, made = node.outputs[0], True, [node]
+        node = _only_consumer(factor)
+        if scale is None and node is not None and is_onnx(node, "Mul") and inverse:
+            factor, scale, made = node.outputs[0], _other(node, factor), [*made, node]
+        if scale is None or scale in deviations or not _is_parameter(scale, self.dims, self.known):
+            return None
+        found = self._product(factor, deviations) or self._difference(x, factor)
+        if found is None:
+            return None
+        self._take(*made, *found[1])
+        return found[0], scale, found[2]
+
+    def _product(
+        self, factor: ir.Value, deviations: dict[ir.Value, _Deviation]
+    ) -> tuple[ir.Value, Sequence[ir.Node], None] | None:
+        """Return (x - mean) * factor and what makes it, if that alone reads the factor."""
+        node = _only_consumer(factor)
+        other = _other(node, factor) if node is not None and is_onnx(node, "Mul") else None
+        deviation = None if other is None else deviations.get(other)
+        if node is None or deviation is None or not deviation.positive:
+            return None
+        return node.outputs[0], [*deviation.nodes, node], None
+
+    def _difference(self, x: ir.Value, factor: ir.Value) -> tuple[ir.Value, Sequence[ir.Node], ir.Value] | None:
+        """Return x * factor + (bias - mean * factor), what makes it, and the bias."""
+        means = {value: nodes for mean in self._twins(x) for value, nodes in _kept(mean, x, self.known)}
+        products = {_other(node, factor): node for node in factor.consumers() if is_onnx(node, "Mul")}
+        mean = next((value for value in products if value in means), None)
+        if mean is None or set(products) != {x, mean} or len({*factor.consumers()}) != 2:
+            return None
+        offset = _only_consumer(products[mean].outputs[0])
+        total = _only_consumer(products[x].outputs[0])
+        if offset is None or total is None or not is_onnx(offset, "Sub") or not is_onnx(total, "Add"):
+            return None
+        bias = offset.inputs[0]
+        if bias is None or {*total.inputs} != {products[x].outputs[0], offset.outputs[0]}:
+            return None
+        if offset.inputs[1] is not products[mean].outputs[0] or not _is_parameter(bias, self.dims, self.known):
+            return None
+        return total.outputs[0], [*means[mean], *products.values(), offset, total], bias
+
+    def _normalized(self, root: ir.Value, inverse: bool, deviations: dict[ir.Value, _Deviation]) -> ir.Value:
         """Return deviation / root, which may also be written as deviation * (1 / root)."""
         node, divisor = self._next(root)
-        inverse = is_onnx(node, "Reciprocal") or (is_onnx(node, "Div") and self._scalar(node.inputs[0]) == 1)
-        if inverse:
+        inverts = is_onnx(node, "Reciprocal") or (is_onnx(node, "Div") and self._scalar(node.inputs[0]) == 1)
+        if inverts and not inverse:
+            inverse = True
             self._take(node)
             node, divisor = self._next(node.outputs[0])
         if not is_onnx(node, "Mul" if inverse else "Div") or (not inverse and node.inputs[1] is not divisor):

@@ -154,7 +154,7 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         PipelineSpec(
             "select",
             "scatter-to-slices,compose-slices,forward-concat,compose-slices,fold-where,drop-broadcast,"
-            "eliminate-identity,eliminate-dead-code",
+            "eliminate-identity,compose-layout,eliminate-dead-code",
             "as few nodes that select, repeat or join elements as the model needs",
         ),
         PipelineSpec(
@@ -165,18 +165,18 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "layout",
-            "compose-layout,move-transposes,flatten-tokens,compose-layout,move-transposes,forward-concat,"
+            "move-transposes,flatten-tokens,compose-layout,move-transposes,forward-concat,"
             "compose-slices,drop-broadcast",
             "as few nodes that only move elements as the model needs",
         ),
         PipelineSpec(
             "portable",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,tidy",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,tidy",
             "standard ops only: runs wherever the model ran",
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,winograd-conv,lift-denormals,tile-rows,tidy",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,winograd-conv,lift-denormals,tile-rows,tidy",
             "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(

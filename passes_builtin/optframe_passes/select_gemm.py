@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe_passes.edit import Array, is_onnx
-from optframe_passes.surgery import FLOATS, Surgery, only_reader
+from optframe_passes.broadcast import permutation
+from optframe_passes.edit import Array, is_onnx, remove
+from optframe_passes.surgery import FLOATS, Surgery, only_reader, producer_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class SelectGemm(GraphPass):
     `prefer=matmul` gives the form that other passes of linear algebra look for: scale factors and a transposition of a
     constant right operand go into it. `prefer=gemm` comes last, for backends that run a Gemm at least as fast
     (onnxruntime, TensorRT), and gives fewer nodes: a MatMul of two matrices, read by an Add of a constant alone,
-    becomes a Gemm. Tensors of more dimensions keep MatMul and Add.
+    becomes a Gemm, and a Transpose that a Gemm alone reads becomes its transA or transB. Tensors of more dimensions
+    keep MatMul and Add.
 
     Example:
         before: `y = Add(MatMul(x, w), b)`, x of shape (900, 256), b (256), (1, 256) or (900, 256)
@@ -44,13 +46,36 @@ class _ToGemm:
         self._surgery = surgery
 
     def rewrite(self, node: ir.Node) -> None:
-        """Merge a MatMul of matrices with the addition behind it."""
+        """Merge a MatMul of matrices with the addition behind it; let a Gemm transpose what a Transpose did."""
+        if is_onnx(node, "Gemm"):
+            self._transpose(node, 0, "transA")
+            self._transpose(node, 1, "transB")
+            return
         ranks = [self._surgery.rank(value) for value in node.inputs] if is_onnx(node, "MatMul") else []
         addition = only_reader(node.outputs[0]) if ranks == [2, 2] else None
         bias = None if addition is None else self._bias(node, addition)
         if addition is not None and bias is not None and self._surgery.context.allow(node):
             gemm = self._surgery.new("Gemm", [*node.inputs, bias], [node, addition])
             self._surgery.replace([node, addition], [gemm])
+            self.rewrite(gemm)
+
+    def _transpose(self, gemm: ir.Node, index: int, attribute: str) -> None:
+        """Let operand `index` of `gemm` be the matrix that a Transpose reads, and the attribute say the opposite."""
+        transpose = producer_of(gemm.inputs[index], "Transpose")
+        value = None if transpose is None else transpose.outputs[0]
+        if (
+            transpose is None
+            or value is None
+            or only_reader(value) is not gemm
+            or not self._surgery.context.allow(gemm)
+        ):
+            return
+        if tuple(permutation(transpose, 2)) == (1, 0):
+            gemm.replace_input_with(index, transpose.inputs[0])
+            gemm.attributes[attribute] = ir.AttrInt64(attribute, 1 - gemm.attributes.get_int(attribute, 0))
+            self._surgery.context.stamp([gemm], [transpose, gemm])
+            remove([transpose])
+            self._surgery.rewrites += 1
 
     def _bias(self, node: ir.Node, addition: ir.Node) -> ir.Value | None:
         """Return the constant that `addition` adds to the result of `node`, if a Gemm can."""

@@ -141,3 +141,32 @@ def test_half_precision_keeps_its_type(parse: Parse, check: Check, rng: np.rando
     with_weights(model, w=weight, s=rng.uniform(0.5, 2, (3, 1, 1)).astype(np.float16))
     outcome = check(FoldConvScale(), model)
     assert graph.constant(outcome.node("Conv").inputs[1]).dtype == np.float16
+
+
+@pytest.mark.parametrize("bias", ["", ", b", ", one"])
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize(
+    "nodes",
+    ["y = BatchNormalization (a, s, b, b, v)", "c = Mul (a, s)  y = Add (b, c)", "c = Sub (a, b)  y = Div (c, v)"],
+)
+def test_columns_of_a_gemm_are_channels(
+    nodes: str, transposed: int, bias: str, parse: Parse, check: Check, rng: np.random.Generator
+) -> None:
+    used = {name for name in ("s", "b", "v", "one") if name in nodes + bias}
+    text = f"""g (float[N,4] x, float w{"".join(f", float {name}" for name in sorted(used))}) => (float[A,B] y)
+        {{ a = Gemm <transB = {transposed}> (x, w{bias})  {nodes} }}"""
+    weights = {name: rng.uniform(0.5, 2, 3).astype(np.float32) for name in used - {"one"}}
+    weights |= {"one": np.ones(1, np.float32)} if "one" in used else {}
+    weights["w"] = rng.standard_normal((3, 4) if transposed else (4, 3)).astype(np.float32)
+    outcome = check(FoldConvScale(), with_weights(parse(text), **weights))
+    assert outcome.ops == {"Gemm": 1}
+    assert outcome.node("Gemm").attributes.get_int("transB", 0) == transposed
+
+
+@pytest.mark.parametrize("gemm", ["Gemm <alpha = 0.5> (x, w)", "Gemm <beta = 2.0> (x, w, b)", "Gemm (x, w, rows)"])
+def test_other_gemms_stay(gemm: str, parse: Parse, check: Check) -> None:
+    used = "".join(f", float {name}" for name in ("b", "rows") if name in gemm)
+    model = parse(f"g (float[2,4] x, float w, float s{used}) => (float[A,B] y) {{ a = {gemm}  y = Mul (a, s) }}")
+    weights = {"w": np.ones((4, 3)), "s": np.full(3, 2.0), "b": np.ones(3), "rows": np.ones((2, 1))}
+    present = {name: array.astype(np.float32) for name, array in weights.items() if name in "ws" or name in used}
+    assert not check(FoldConvScale(), with_weights(model, **present)).result.modified

@@ -59,3 +59,10 @@ def test_a_shape_that_is_not_known_stays(check: Check) -> None:
 
 def test_dynamic_shapes_that_are_equal_fold(check: Check) -> None:
     assert check(FoldWhere(), graph("w = Where (no, low, x) y = Relu (w)", "float[N,2] x")).ops == {"Relu": 1}
+
+
+def test_equal_branches_need_no_mask(check: Check) -> None:
+    assert check(FoldWhere(), graph("c = Equal (x, low) w = Where (c, x, x) y = Relu (w)")).ops == {
+        "Equal": 1,
+        "Relu": 1,
+    }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from optframe.graph import constant
 from optframe_passes.forward_concat import ForwardConcat
 
 Check = Callable[..., Any]
@@ -87,3 +88,28 @@ def test_a_slice_that_takes_a_part_of_a_split_is_that_part(first: str, check: Ch
         {{ {nodes}  e = Relu (c)  f = Neg (a)  y = Add (e, f) }}"""
     outcome = check(ForwardConcat(), text, allowed=0.0)
     assert outcome.ops == {"Split": 1, "Relu": 1, "Neg": 1, "Add": 1}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ops"),
+    [
+        ("t = Concat <axis = 1> (x, z, q)  y = Slice (t, s, e, a)", {"Concat": 1}),
+        ("t = Concat <axis = 1> (x, z)  y = Concat <axis = -2> (q, t, x)", {"Concat": 1}),
+        ("t = Concat <axis = 2> (x, z)  y = Concat <axis = 1> (t, t)", {"Concat": 2}),
+        ("t = Concat <axis = 1> (x, z, q)  y = Slice (t, a, e, a)", {"Concat": 1, "Slice": 1}),
+        ("t = Concat <axis = 1> (x, z)  y = Gather <axis = 1> (t, a2)", {"Concat": 1, "Gather": 1}),
+    ],
+)
+def test_several_entries_and_operands(nodes: str, ops: dict[str, int], check: Check) -> None:
+    text = f"""g (float[N,4,6] x, float[N,4,6] z, float[N,4,6] q) => (float[A,B,C] y)
+        <int64[2] a2 = {{1, 4}}, int64[1] s = {{4}}, int64[1] e = {{12}}, int64[1] a = {{1}}>
+        {{ {nodes} }}"""
+    assert check(ForwardConcat(), text, allowed=0.0).ops == ops
+
+
+def test_entries_of_one_operand_are_gathered_from_it(check: Check) -> None:
+    text = """g (float[N,4,6] x, float[N,4,6] z) => (float[A,B,C] y) <int64[3] i = {5, -1, 4}>
+        { t = Concat <axis = 1> (x, z)  y = Gather <axis = 1> (t, i) }"""
+    gather = check(ForwardConcat(), text, allowed=0.0).node("Gather")
+    assert gather.inputs[0].name == "z"
+    assert constant(gather.inputs[1]).tolist() == [1, 3, 0]

@@ -149,6 +149,53 @@ def test_every_form_is_fused_and_equal(form: Form, seed: int) -> None:
     assert fuse(model)[0] == PassResult(False, 0)
 
 
+INVERSE = "r = Sqrt (s) i = Reciprocal (r) f = Mul (i, scale)"
+
+OTHER_WAYS = {
+    "root-as-power": "r = Pow (s, half) n = Div (d, r) g = Mul (n, scale) y = Add (g, bias)",
+    "inverse-root-as-power": "r = Pow (s, minus) n = Mul (r, d) g = Mul (n, scale) y = Add (bias, g)",
+    "scale-over-root": "r = Sqrt (s) f = Div (scale, r) n = Mul (d, f) y = Add (n, bias)",
+    "scale-times-inverse": f"{INVERSE} n = Mul (f, d) y = Add (n, bias)",
+    "tensorflow": f"{INVERSE} a = Mul (x, f) b = Mul (m, f) o = Sub (bias, b) y = Add (a, o)",
+    "tensorflow-with-power": """r = Pow (s, minus) f = Mul (scale, r) a = Mul (f, x) b = Mul (f, m)
+        o = Sub (bias, b) y = Add (o, a)""",
+}
+
+
+def other_way(nodes: str) -> ir.Model:
+    return parse(f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,3,6] x, float[6] scale, float[6] bias) => (float[2,3,6] y)
+        <float e = {{0.001}}, float half = {{0.5}}, float minus = {{-0.5}}> {{
+        m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) q = Mul (d, d) v = ReduceMean <axes = [-1]> (q) s = Add (v, e)
+        {nodes} }}""")
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_other_ways_to_divide_and_scale(way: str, rng: np.random.Generator) -> None:
+    model = other_way(OTHER_WAYS[way])
+    feeds = {value.name: rng.standard_normal(tuple(value.shape)).astype(np.float32) for value in model.graph.inputs}
+    before = run(model, feeds)
+    result, misses = fuse(model)
+    assert result == PassResult(True, 1), misses
+    assert ops_of(model) == {"LayerNormalization": 1}
+    np.testing.assert_allclose(run(model, feeds)[0], before[0], rtol=0, atol=1e-5)  # as above
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "r = Pow (s, e) n = Div (d, r) y = Mul (n, scale)",
+        "r = Sqrt (s) f = Div (scale, r) n = Mul (x, f) y = Add (n, bias)",
+        f"{INVERSE} a = Mul (x, f) b = Mul (m, f) o = Sub (b, bias) y = Add (a, o)",
+        f"{INVERSE} a = Mul (d, f) b = Mul (m, f) o = Sub (bias, b) y = Add (a, o)",
+    ],
+)
+def test_what_only_looks_like_one_stays(nodes: str) -> None:
+    result, misses = fuse(other_way(nodes))
+    assert not result.modified
+    assert misses
+
+
 @pytest.mark.parametrize("opset", [11, 12, 13, 14, 15, 16])
 def test_older_models_must_be_lifted_first(opset: int) -> None:
     text = Form(opset).text().replace("<value_float = 2.0>", "<value = float {2.0}>")

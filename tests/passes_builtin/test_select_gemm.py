@@ -127,3 +127,34 @@ def test_fp16_and_integers(parse: Parse, weigh: Weigh, check: Check, rng: np.ran
         arrays = {"w": rng.integers(-2, 3, (4, 6)).astype(dtype), "b": rng.integers(-2, 3, 6).astype(dtype)}
         outcome = check(SelectGemm(), weigh(parse(text.format(name)), **arrays))
         assert outcome.ops.get("Gemm", 0) == gemms
+
+
+@pytest.mark.parametrize(
+    ("nodes", "attributes"),
+    [
+        ("t = Transpose (x)  y = Gemm (t, w, b)", (1, 0)),
+        ("t = Transpose (x)  y = Gemm <transA = 1> (t, w, b)", (0, 0)),
+        ("t = Transpose (x)  m = MatMul (t, w)  y = Add (m, b)", (1, 0)),
+        ("r = Relu (x)  t = Transpose <perm = [1, 0]> (r)  y = Gemm (z, t)", (0, 1)),
+    ],
+)
+def test_a_gemm_transposes_itself(
+    nodes: str, attributes: tuple[int, int], parse: Parse, weigh: Weigh, check: Check, rng: np.random.Generator
+) -> None:
+    inputs = "float[6,4] x" if "transA = 1" not in nodes else "float[4,4] x"
+    inputs += ", float[5,4] z" if "z" in nodes else ""
+    weights = {"w": (4 if "transA" in nodes else 6, 4), "b": (4,)}
+    used = {name: shape for name, shape in weights.items() if f" {name})" in nodes or f" {name}," in nodes}
+    model = parse(f"g ({inputs}{''.join(f', float {name}' for name in used)}) => (float[A,B] y) {{ {nodes} }}")
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in used.items()}
+    outcome = check(SelectGemm(), weigh(model, **arrays))
+    gemm = outcome.node("Gemm")
+    assert "Transpose" not in outcome.ops
+    assert (gemm.attributes.get_int("transA", 0), gemm.attributes.get_int("transB", 0)) == attributes
+
+
+def test_a_transpose_with_other_readers_stays(parse: Parse, weigh: Weigh, check: Check) -> None:
+    model = parse("""g (float[6,4] x, float w) => (float[A,B] y, float[C,D] t)
+        { t = Transpose (x)  y = Gemm (t, w) }""")
+    weights = {"w": np.eye(6, dtype=np.float32)}
+    assert not check(SelectGemm(), weigh(model, **weights)).result.modified
