@@ -63,6 +63,31 @@ class LiftOpset(GraphPass):
         return PassResult(True, 1)
 
 
+_NEW_MEANING = {"DFT": 20, "GridSample": 20, "GroupNormalization": 21}
+"""Ops that opsets 19 to 21 gave another form (ONNX's operator changelog); all others only gained types and options."""
+
+_IR_VERSION_21 = 10
+"""The IR version that came with opset 21."""
+
+
+def raise_to_21(model: ir.Model) -> str | None:
+    """Let a model of opset 18 to 20 be one of opset 21, in place; return why not, None if it is one then.
+
+    No node is edited: a model with an op that would mean something else stays as it is.
+    """
+    if onnx_version(model) < 18:
+        return f"it is of opset {onnx_version(model)}: run lift-opset first"
+    for node, version in _nodes(model):
+        if version < _NEW_MEANING.get(node.op_type, 0):
+            return f"its {node.op_type} means something else from opset {_NEW_MEANING[node.op_type]} on"
+    for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        for domain in ONNX_DOMAINS:
+            if imports.get(domain, 21) < 21:
+                imports[domain] = 21
+    model.ir_version = max(model.ir_version, _IR_VERSION_21)
+    return None
+
+
 def _lift_by_table(model: ir.Model, to: int, context: PassContext) -> bool:
     edits = _edits(model, to, context)
     if edits is None or not context.allow(model.graph):

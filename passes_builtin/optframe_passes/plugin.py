@@ -181,7 +181,7 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "tensorrt",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,compose-linear,merge-parallel-matmuls{min_biased=4},"
+            "clean,fuse-layernorm,fuse-groupnorm,fold-conv-scale,select,linear,compose-linear,merge-parallel-matmuls{min_biased=4},"
             "distribute-constant-add,layout,compose-linear,select-gemm,tidy",
             "few and large products in standard ops, for a builder that fuses what lies between them itself",
         ),

@@ -99,9 +99,42 @@ def test_what_stays(change: tuple[str, str], outputs: str, reason: str) -> None:
     assert reason in misses[0]
 
 
-def test_older_opsets_have_no_scale_for_each_channel() -> None:
-    model = parse(BODY + "s = Mul (m, w) y = Add (s, b)", opset=18)
-    assert fuse(model) == (PassResult(False, 0), ["GroupNormalization with a scale for each channel needs opset 21"])
+@pytest.mark.parametrize("opset", [18, 20])
+def test_a_match_raises_the_opset(opset: int, rng: np.random.Generator) -> None:
+    model = parse(BODY + "s = Mul (m, w) y = Add (s, b)", opset)
+    x = rng.standard_normal((2, 6, 4, 5)).astype(np.float32)
+    before = run(model, x)
+    assert fuse(model)[0] == PassResult(True, 1)
+    assert (model.opset_imports[""], model.ir_version) == (21, 10)
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-4)  # as above
+
+
+def test_without_a_match_the_opset_stays() -> None:
+    model = parse(
+        "y = InstanceNormalization (x, w, w) " + BODY.split("r = ")[0].replace("float[6, 1, 1]", "float[6]"), 18
+    )
+    assert fuse(model)[0] == PassResult(False, 0)
+    assert model.opset_imports[""] == 18
+
+
+@pytest.mark.parametrize(
+    ("tail", "opset", "reason"),
+    [
+        (
+            "g = Constant <value = float[2, 4, 5, 2] {0}> () y = GridSample (m, g)",
+            18,
+            "GridSample means something else",
+        ),
+        ("y = Identity (m)", 17, "opset 17: run lift-opset first"),
+    ],
+)
+def test_the_opset_is_not_raised_where_that_changes_a_meaning(tail: str, opset: int, reason: str) -> None:
+    tail = tail.replace("{0}", "{" + ", ".join(["0"] * 80) + "}")
+    model = parse(BODY + tail, opset)
+    result, misses = fuse(model)
+    assert result == PassResult(False, 0)
+    assert reason in misses[0]
+    assert model.opset_imports[""] == opset
 
 
 @pytest.mark.parametrize("groups", [1, 4])
