@@ -25,9 +25,9 @@ class FuseGroupNorm(GraphPass):
 
     Where there is one, a model of opset 18 to 20 is raised to 21, unless that gives one of its ops another meaning.
 
-    In `tensorrt` and `cuda` alone (docs/pipelines.md): TensorRT's parser makes a normalisation layer of the node and torch has one kernel
-    for it, where the written-out form takes five. onnxruntime's CPU provider has no kernel; it takes the node apart
-    into others that take 1.8 to 4.5 times as long as InstanceNormalization between reshapes (64 to 256 channels, FP32).
+    In `tensorrt` and `cuda` alone (docs/pipelines.md): TensorRT's parser makes a normalisation layer of the node and
+    torch has one kernel for it, where the written-out form takes five. onnxruntime's CPU provider has no kernel; it
+    takes the node apart into others that take 1.8 to 4.5 times as long as InstanceNormalization between reshapes.
 
     Example:
         before: `y = Reshape(InstanceNormalization(Reshape(x, [0, 32, -1]), ones, zeros), Shape(x)) * g + b`

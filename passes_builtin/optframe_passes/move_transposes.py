@@ -74,7 +74,7 @@ def _rewrite(surgery: Surgery, graph: ir.Graph, order: Order) -> None:
     """Let the nodes work in `order` that save most."""
     plan = _Plan(surgery, graph, order)
     for node in list(graph):
-        if plan.undoes(node):
+        if plan.reverses(node):
             _undo(plan, node)
     for region in plan.regions():
         if plan.saves(region) and surgery.context.allow(region[0]):
@@ -127,16 +127,26 @@ class _Plan:
         """Return whether `node` is a Transpose into `order`."""
         return node is not None and self._transposes(node, self.order)
 
-    def undoes(self, node: ir.Node | None) -> bool:
+    def reverses(self, node: ir.Node | None) -> bool:
         """Return whether `node` is a Transpose out of `order`."""
         return node is not None and self._transposes(node, self.back)
+
+    def undoes(self, node: ir.Node | None) -> bool:
+        """Return whether what `node` makes can be had in `order` for nothing: it is what that Transpose reads.
+
+        Where the order undoes itself, a Transpose behind a member counts as one into the order, not as both.
+        """
+        if node is None or not self.reverses(node) or node.inputs[0] is None:
+            return False
+        producer = node.inputs[0].producer()
+        return self.order != self.back or producer is None or not self._is_member(producer)
 
     def takes_permuted(self, node: ir.Node) -> bool:
         """Return whether a reader wants what it reads in `order`: the one Transpose that makes it.
 
         One that makes a graph output does so only if no other does: two outputs have to be two values.
         """
-        if not self.makes(node) or node.graph is not self.graph or node.inputs[0] is None:
+        if not self.makes(node) or node.graph is not self.graph or node.inputs[0] is None or self.undoes(node):
             return False
         value = node.outputs[0]
         if not value.is_graph_output():
@@ -313,11 +323,14 @@ class _Region:
     def _is_idle(self, node: ir.Node) -> bool:
         """Return whether `node` is a Transpose whose result nothing reads any more."""
         value, inside = node.outputs[0], node.graph is self._plan.graph
-        return inside and self._plan.undoes(node) and not value.uses() and not value.is_graph_output()
+        return inside and self._plan.reverses(node) and not value.uses() and not value.is_graph_output()
 
     def _permute(self, node: ir.Node) -> None:
         how = self._plan.members[node]
-        inputs = [self._operand(value) if index in how.data else value for index, value in enumerate(node.inputs)]
+        inputs: list[ir.Value | None] = []
+        for index in range(len(node.inputs)):  # the operand before may have changed what the node reads
+            value = node.inputs[index]
+            inputs.append(self._operand(value) if index in how.data else value)
         copy = _adapted(self._surgery, node, inputs[::-1] if how.swapped else inputs, how)
         self._surgery.insert(node, [copy])
         self._permuted.update(zip(node.outputs, copy.outputs, strict=True))
@@ -347,20 +360,26 @@ class _Region:
         return self._permuted[value]
 
     def _transposed(self, value: ir.Value) -> ir.Value:
+        """Return the result of the first Transpose that permutes `value`, of a new one if there is none."""
         takers = [node for node, _ in value.uses() if self._plan.takes_permuted(node)]
-        new = self._transpose(value, self._plan.order, takers or [self._nodes[0]], behind=value.producer())
-        for taker in takers:
-            self._hand_over(taker, new.outputs[0])
-        return new.outputs[0]
-
-    def _transpose(self, value: ir.Value, order: Order, origin: Sequence[ir.Node], behind: ir.Node | None) -> ir.Node:
-        new = self._surgery.new("Transpose", [value], origin, {"perm": order})
-        if behind is None or behind.graph is not self._plan.graph:
-            self._plan.graph.insert_before(self._plan.graph[0], new)
+        if not takers:
+            new = self._surgery.new("Transpose", [value], self._nodes[:1], {"perm": self._plan.order})
+            self._put_behind(value.producer(), new)
             self._surgery.learn([new])
+            return new.outputs[0]
+        first = takers[0]
+        self._plan.graph.remove(first)
+        self._put_behind(value.producer(), first)
+        for taker in takers[1:]:
+            self._hand_over(taker, first.outputs[0])
+        return first.outputs[0]
+
+    def _put_behind(self, producer: ir.Node | None, node: ir.Node) -> None:
+        """Put `node` behind `producer`, or in front of everything."""
+        if producer is None or producer.graph is not self._plan.graph:
+            self._plan.graph.insert_before(self._plan.graph[0], node)
         else:
-            self._surgery.insert(behind, [new])
-        return new
+            self._plan.graph.insert_after(producer, node)
 
     def _hand_over(self, taker: ir.Node, value: ir.Value) -> None:
         """Let `value` take the place of what the Transpose `taker` makes, unless both are graph outputs."""
@@ -383,5 +402,7 @@ class _Region:
         outside = [use for use in value.uses() if use.node not in self._inside]
         if outside or value.is_graph_output():
             origin = [producer] if producer is not None else self._nodes[:1]
-            restored = self._transpose(stored, self._plan.back, origin, behind=stored.producer())
+            restored = self._surgery.new("Transpose", [stored], origin, {"perm": self._plan.back})
+            self._put_behind(stored.producer(), restored)
+            self._surgery.learn([restored])
             self._surgery.take_over(value, restored.outputs[0])

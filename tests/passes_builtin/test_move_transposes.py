@@ -227,6 +227,13 @@ def test_nodes_know_where_they_come_from(check: Check) -> None:
     assert outcome.node("Relu").outputs[0].name == "y"
 
 
+def test_a_product_of_a_tensor_with_itself_transposed(check: Check) -> None:
+    """What is read transposed and as it is, where the order undoes itself: the one Transpose serves both."""
+    nodes = f"r = Relu (x)  a = {TURN} (r)  b = MatMul (r, a)  c = Tanh (b)  y = {TURN} (c)"
+    outcome = check(MoveTransposes(), text_of("float[N,8,5] x", f"{THREE}, float[D,E,F] c", "", nodes))
+    assert outcome.ops["Transpose"] <= 2
+
+
 def test_older_opsets_are_left_alone(parse: Callable[..., ir.Model]) -> None:
     model = parse(text_of(f"{NCHW} x", FOUR, "", f"a = {TO_LAST} (x)  b = Relu (a)  y = {BACK} (b)"), opset=12)
     assert not MoveTransposes().run(model, PassContext()).modified
