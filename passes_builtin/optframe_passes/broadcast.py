@@ -21,7 +21,10 @@ LARGEST = 1 << 22
 
 def is_rearrangement(node: ir.Node | None) -> bool:
     """Return whether `node` only gives the elements of its first input other places."""
-    return node is not None and is_onnx(node, "Transpose", *RESHAPES)
+    if node is None or not is_onnx(node, "Transpose", *RESHAPES):
+        return False
+    order = node.attributes.get_ints("perm") if node.op_type == "Transpose" else None
+    return order is None or sorted(order) == list(range(len(order)))  # another perm is an error to be kept
 
 
 def of_rank(array: Array, rank: int) -> Array:

@@ -62,8 +62,8 @@ def _orders(surgery: Surgery, graph: ir.Graph) -> list[Order]:
     found: Counter[Order] = Counter()
     for node in graph:
         rank = surgery.rank(node.inputs[0]) if is_onnx(node, "Transpose") else None
-        if rank:
-            order = tuple(permutation(node, rank))
+        order = tuple(permutation(node, rank or 0))
+        if rank and sorted(order) == list(range(rank)):
             found[order] += 1
             found[inverse(order)] += 0
     ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))

@@ -100,6 +100,8 @@ def _along_axis(default: int, *data: int) -> Rule:
 
     def rule(surgery: Surgery, node: ir.Node, order: Order) -> Permuted | None:
         axis = int(node.attributes.get_int("axis", default))
+        if not -len(order) <= axis < len(order):  # an invalid node stays invalid
+            return None
         return Permuted(data or (0,), {"axis": order.index(axis % len(order))})
 
     return rule
@@ -125,7 +127,9 @@ def _arg(surgery: Surgery, node: ir.Node, order: Order) -> Permuted | None:
 
 def _axes(node: ir.Node, rank: int, index: int = 1) -> tuple[int, ...] | None:
     axes = ints_option(node, "axes", index)
-    return None if axes is None else tuple(axis % rank for axis in axes)
+    if axes is None or not all(-rank <= axis < rank for axis in axes):
+        return None
+    return tuple(axis % rank for axis in axes)
 
 
 def _moved_axes(node: ir.Node, axes: Sequence[int], order: Order, index: int = 1) -> Permuted:

@@ -11,6 +11,7 @@ import pytest
 
 from optframe import graph
 from optframe.passes import ORIGIN_KEY, PassContext
+from optframe_passes.compose_layout import ComposeLayout
 from optframe_passes.move_transposes import MoveTransposes
 
 Check = Callable[..., Any]
@@ -238,3 +239,17 @@ def test_older_opsets_are_left_alone(parse: Callable[..., ir.Model]) -> None:
     model = parse(text_of(f"{NCHW} x", FOUR, "", f"a = {TO_LAST} (x)  b = Relu (a)  y = {BACK} (b)"), opset=12)
     assert not MoveTransposes().run(model, PassContext()).modified
     assert graph.count_nodes(model) == 3
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"a = {TURN} (x)  b = Softmax <axis = 7> (a)  y = {TURN} (b)",
+        "a = Transpose <perm = [0, 2, 2]> (x)  b = Relu (a)  y = Transpose <perm = [0, 2, 2]> (b)",
+        f"a = {TURN} (x)  b = ReduceMax (a, far)  y = {TURN} (b)",
+    ],
+)
+def test_invalid_nodes_stay_invalid(nodes: str, parse: Callable[..., ir.Model]) -> None:
+    model = parse(text_of("float[2,3,4] x", THREE, "int64[1] far = {5}", nodes))
+    assert not MoveTransposes().run(model, PassContext()).modified
+    assert not ComposeLayout().run(model, PassContext()).modified
