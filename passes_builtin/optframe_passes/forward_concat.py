@@ -37,14 +37,20 @@ class ForwardConcat(GraphPass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Forward in place."""
         surgery = Surgery(model, context)
-        if surgery.opset >= 13:
-            for node in list(all_nodes(model)):
-                rule = _RULES.get(node.op_type) if is_onnx(node) else None
-                current: ir.Node | None = node if node.op_identifier() not in model.functions else None
-                while rule is not None and current is not None and current.graph is not None:
-                    current = rule(surgery, current)
-                    rule = None if current is None else _RULES.get(current.op_type)
+        before, told = -1, len(context.near_misses)
+        while surgery.opset >= 13 and surgery.rewrites > before:  # a reader that goes may leave a Concat to one alone
+            before = surgery.rewrites
+            del context.near_misses[told:]
+            self._sweep(surgery, model)
         return surgery.result
+
+    def _sweep(self, surgery: Surgery, model: ir.Model) -> None:
+        for node in list(all_nodes(model)):
+            rule = _RULES.get(node.op_type) if is_onnx(node) else None
+            current: ir.Node | None = node if node.op_identifier() not in model.functions else None
+            while rule is not None and current is not None and current.graph is not None:
+                current = rule(surgery, current)
+                rule = None if current is None else _RULES.get(current.op_type)
 
 
 Rule = Callable[[Surgery, ir.Node], ir.Node | None]

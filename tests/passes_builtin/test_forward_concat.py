@@ -113,3 +113,12 @@ def test_entries_of_one_operand_are_gathered_from_it(check: Check) -> None:
     gather = check(ForwardConcat(), text, allowed=0.0).node("Gather")
     assert gather.inputs[0].name == "z"
     assert constant(gather.inputs[1]).tolist() == [1, 3, 0]
+
+
+def test_a_slice_that_becomes_the_only_reader(check: Check) -> None:
+    """The Split behind it goes first, as its parts are operands of the Concat."""
+    text = """g (float[N,4] x, float[N,4] z) => (float[A,B] y, float[C,D] u, float[E,F] v)
+        <int64[1] s = {4}, int64[1] e = {12}, int64[1] a = {1}, int64[2] parts = {4, 8}> {
+        t = Concat <axis = 1> (x, z, x)  w = Slice (t, s, e, a)  y = Relu (w)
+        p, q = Split <axis = 1> (t, parts)  u = Neg (p)  v = Neg (x) }"""
+    assert check(ForwardConcat(), text, allowed=0.0).ops == {"Concat": 1, "Relu": 1, "Neg": 2}
