@@ -80,7 +80,7 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "anchordetr-cuda",
-            "anchordetr-start,fuse-rcda{rows=true},linear,compose-linear,layout,select-gemm,anchordetr-end",
+            "anchordetr-start,fuse-rcda{rows=true},select,linear,compose-linear,layout,compose-linear,select-gemm,anchordetr-end",
             "as anchordetr-tensorrt, but products of one input stay apart: the kernels take whole tensors, not slices",
         ),
     ]

@@ -176,7 +176,8 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,winograd-conv,lift-denormals,tile-rows,tidy",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,winograd-conv,lift-denormals,tile-rows,"
+            "compose-layout,tidy",
             "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(
