@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -149,11 +150,11 @@ def build(
     target = Path(folder)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(model) if not isinstance(model, ir.Model) else graph.save(model, Path(scratch) / "model.onnx")
-        files.make_folder(target)
         registry = registry or default_registry()
         chosen = options or BuildOptions()
         chosen = chosen if chosen.ops else replace(chosen, ops=registry.ops())
-        return registry.load_backend(backend).build(path, target, chosen)
+        with files.folder_for(target):
+            return registry.load_backend(backend).build(path, target, chosen)
 
 
 def load_engine(
@@ -319,8 +320,8 @@ def run(
 
     registry = registry or default_registry()
     source = find_source(model, options or {}, registry)
-    target = files.make_folder(Path(out)) if out is not None else None
-    with store.work_folder() if store else tempfile.TemporaryDirectory() as work:
+    made = files.folder_for(Path(out)) if out is not None else contextlib.nullcontext()
+    with made as target, store.work_folder() if store else tempfile.TemporaryDirectory() as work:
         runner = StageRunner(Path(work), store, registry.host)
         execution = Run(source, request or RunRequest(), registry, runner, on_work)
         result = execution.execute(command)

@@ -55,17 +55,28 @@ def write_bytes(path: Path, data: bytes | memoryview) -> Path:
     return path
 
 
-def make_folder(path: Path) -> Path:
+@contextlib.contextmanager
+def folder_for(path: Path) -> Iterator[Path]:
     """Make the folder `path`, and prove that a file can be written into it, before hours of work go there.
+
+    Where the work inside fails, no folder that was made for it stays empty.
 
     Raises:
         InputError: it cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it, which stays
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -162,3 +162,13 @@ def test_inputs_are_drawn_in_the_shape_that_an_engine_is_fast_for(tmp_path: Path
     (tmp_path / "m.engine.json").write_text("{}")
     with pytest.raises(InputError, match="does not tell the engine's inputs"):
         engines.signature(path)
+
+
+def test_what_cannot_be_built_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16"):
+        optframe.build(model, tmp_path / "new" / "engine", options=BuildOptions(precision="fp16"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(InputError, match="fp16"):
+        optframe.build(model, tmp_path / "kept", options=BuildOptions(precision="fp16"))
+    assert (tmp_path / "kept").is_dir()

@@ -75,9 +75,8 @@ def calibrate(
         raise InputError(f"--error {error:g}: INT8 always causes an error; ask for one above 0")
     if output.is_dir():
         raise InputError(f"{output} is a folder: name a file in it, such as {output / 'ranges.json'}")
-    files.make_folder(output.parent)
     progress = Progress(session)
-    with progress.observing():
+    with files.folder_for(output.parent), progress.observing():
         ranges, found = api.calibrate(
             model,
             options=options,

@@ -38,8 +38,7 @@ def optimize(
     """Run the passes of --pipeline on MODEL.onnx, prove each equal, and write OUT.onnx in --precision."""
     session: Session = context.obj
     kind = read_precision(precision, calibration_cache)
-    files.make_folder(output.parent)
-    with Progress(session).observing():
+    with files.folder_for(output.parent), Progress(session).observing():
         result = api.optimize(
             model,
             "portable" if pipeline is None else pipeline,
