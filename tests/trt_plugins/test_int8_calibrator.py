@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +13,6 @@ import pytest
 
 from optframe.errors import InputError
 from optframe_trt.int8_calibrator import CudaDevice, make_calibrator
-
-from .test_aot import bindings, make_tensorrt
 
 Array = np.ndarray[Any, Any]
 
@@ -146,18 +142,8 @@ print(made.get_batch_size(), made.get_batch(["x"]), made.get_batch(["x"]), made.
 """
 
 
-@pytest.mark.parametrize("folder", bindings() or [None], ids=lambda folder: folder.name if folder else "none")
-def test_the_real_bindings_take_the_class(folder: Path | None, tmp_path: Path) -> None:
-    if folder is None or not (shutil.which("cc") and shutil.which("readelf")):
-        pytest.skip("needs the bindings of TensorRT, cc and readelf")
-    make_tensorrt(tmp_path, folder)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    done = subprocess.run(
-        [sys.executable, "-c", REAL],
-        capture_output=True,
-        text=True,
-        env=environment | {"LD_LIBRARY_PATH": str(tmp_path)},
-    )
+def test_the_real_bindings_take_the_class(full_tensorrt: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, env=full_tensorrt)
     if "has no IInt8EntropyCalibrator2" in done.stderr:  # TensorRT 11
         return
     assert done.returncode == 0, done.stdout + done.stderr
