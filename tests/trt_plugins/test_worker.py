@@ -133,6 +133,10 @@ def test_unsupported_nodes_arrive_as_such(monkeypatch: pytest.MonkeyPatch, tmp_p
     ("source", "how"),
     [
         (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "signal SIGSEGV"),
+        (
+            "import faulthandler, os, sys; faulthandler.enable(); print('assertion x', file=sys.stderr); os.abort()",
+            r"signal SIGABRT \(assertion x\)",
+        ),
         ("import sys; print('terminate called', file=sys.stderr); sys.exit(7)", r"exit status 7 \(terminate called\)"),
     ],
 )
@@ -166,3 +170,50 @@ def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, t
         worker.build_in_worker(request(tmp_path), tell, tmp_path / "log")
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+WAITING = """
+import faulthandler, threading
+faulthandler.enable()
+def build_for_ever():
+    threading.Event().wait()
+build_for_ever()
+"""
+
+WORKING = """
+import json, sys, time
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    pass
+print(json.dumps({"error": "done", "kind": "InputError"}), flush=True)
+sys.stdin.read()
+"""
+
+TALKING = """
+import json, sys, time
+for step in range(20):
+    print(json.dumps({"phase": "a", "fraction": step / 20}), flush=True)
+    time.sleep(0.1)
+print(json.dumps({"error": "done", "kind": "InputError"}), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (WAITING, r"^TensorRT did nothing for 1 s in \w+ \(threading\.py:\d+\), so the build was ended"),
+        (WORKING, "^done$"),
+        (TALKING, "^done$"),
+    ],
+    ids=["waiting", "working", "talking"],
+)
+def test_a_worker_that_waits_for_ever_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str
+) -> None:
+    (tmp_path / "some_worker.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(worker, "MODULE", "some_worker")
+    monkeypatch.setattr(worker, "STALL_SECONDS", 1.0)
+    with pytest.raises(InputError, match=message):
+        worker.build_in_worker(request(tmp_path), lambda what, fraction: None, tmp_path / "log")

@@ -7,8 +7,10 @@ or the error. Whatever else arrives on the worker's standard input, its end incl
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from optframe_trt.builder import (
 )
 from optframe_trt.preflight import Unsupported
 from optframe_trt.progress import Tell
+from optframe_trt.stall import STALL_SECONDS, StallWatch
 
 CANCEL_SECONDS = 30.0
 """How long a cancelled build may take to notice: TensorRT asks between its steps."""
@@ -38,21 +41,25 @@ STEP = 0.005
 
 MODULE = "optframe_trt.worker"
 
+FAULT = "Fatal Python error"
+"""What `faulthandler` writes into the log first when a signal ends the worker."""
+
 
 def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult:
     """Build in a new process; what native code prints there goes to the file `log`.
 
     Raises:
         UnsupportedNodes, InputError, PluginError, EnvironmentLacks: see `optframe_trt.builder.build`.
-        InputError: the parser or builder crashed.
+        InputError: the parser or builder crashed, or waited for ever.
         KeyboardInterrupt: the user pressed Ctrl-C; the worker has ended.
     """
-    with _process(log) as process:
+    with _process(log) as process, StallWatch(process, STALL_SECONDS) as watch:
         stdin, stdout = _pipes(process)
         try:
             stdin.write(json.dumps(request_to_json(request)) + "\n")
             stdin.flush()
             for line in stdout:
+                watch.heard()
                 reply: dict[str, Any] = json.loads(line)
                 if "phase" in reply:
                     tell(reply["phase"], reply["fraction"])
@@ -60,7 +67,8 @@ def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult
                     return _result(reply)
         except BrokenPipeError:
             pass
-        raise _crash(process.wait(), log)
+        status = process.wait()
+        raise _stall(log) if watch.stalled else _crash(status, log)
 
 
 @contextlib.contextmanager
@@ -112,11 +120,22 @@ def _result(reply: Mapping[str, Any]) -> BuildResult:
 
 def _crash(status: int, log: Path) -> InputError:
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(errors="replace").partition(FAULT)[0].strip().splitlines()
     said = f" ({lines[-1].strip()[:200]})" if lines else ""
     return InputError(
         f"TensorRT crashed on this model with {how}{said}: keep the portable form, "
         "which has no ops beyond ONNX's own and ours"
+    )
+
+
+def _stall(log: Path) -> InputError:
+    """Return the error for a worker that was ended, with where it was waiting."""
+    main_thread = log.read_text(errors="replace").rpartition("hread 0x")[2]  # the last one, innermost call first
+    where = re.search(r'^  File ".*?([^/]*)", line (\d+) in (\w+)', main_thread, re.MULTILINE)
+    call = f" in {where[3]} ({where[1]}:{where[2]})" if where else ""
+    return InputError(
+        f"TensorRT did nothing for {STALL_SECONDS:g} s{call}, so the build was ended: start it again, and report it "
+        "if that happens twice"
     )
 
 
@@ -167,6 +186,7 @@ def _throttled(send: Any) -> Tell:
 
 def main() -> None:
     """Serve on standard input and output; whatever native code prints goes to standard error."""
+    faulthandler.enable()  # a crash, and the end of a build that waits for ever, leave in the log where they were
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin, replies)
