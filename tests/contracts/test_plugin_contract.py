@@ -154,6 +154,18 @@ def test_as_a_plugin(identifier: str, specs: Mapping[str, OpSpec], flavour: flav
     assert {case.inputs[first].dtype.name for case in cases} == set(specs[identifier].inputs[0].dtypes)
 
 
+@by_op
+def test_its_ptx_is_the_same_everywhere(identifier: str, specs: Mapping[str, OpSpec], seed: int) -> None:
+    contract = CONTRACTS[identifier]
+    try:
+        kernels = testing.assert_ptx_contract(
+            specs[identifier], contract.draw, seed=seed, attributes=contract.attributes, trials=2
+        )
+    except EnvironmentLacks as reason:
+        pytest.skip(str(reason))
+    assert kernels >= len(specs[identifier].inputs[0].dtypes)
+
+
 @pytest.mark.gpu
 @by_op
 def test_as_a_kernel(identifier: str, specs: Mapping[str, OpSpec], seed: int) -> None:

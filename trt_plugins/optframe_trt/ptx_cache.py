@@ -1,4 +1,4 @@
-"""Keeps compiled PTX on disk: NVRTC may order equal instructions differently each time, engines must not differ."""
+"""Keeps compiled PTX on disk, which also keeps it the same for kernels that NVRTC compiles differently each time."""
 
 from __future__ import annotations
 

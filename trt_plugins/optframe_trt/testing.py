@@ -6,6 +6,10 @@ raise AssertionError with what is wrong.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +21,7 @@ import onnx_ir as ir
 from optframe.errors import InputError
 from optframe.testing import ROUNDINGS, UNIT_ROUNDOFF
 from optframe.types import KernelLaunch, OpSpec, TensorInfo
-from optframe_trt import calls, creators, driver, fields, kernels
+from optframe_trt import calls, creators, driver, fields, kernels, nvrtc
 from optframe_trt.flavours import Flavour
 from optframe_trt.meaning import calling_model, onnx_type
 from optframe_trt.plugin_v3 import trt_type
@@ -314,3 +318,59 @@ def assert_build_contract(
         plugin = built_plugin(flavour, case)
         assert loaded_plugin(flavour, plugin).call == plugin.call, f"{case}: its fields come back changed"
     return cases
+
+
+COMPILE = """
+import json, sys
+from optframe_trt import nvrtc
+for source, name, defines, targets in json.load(sys.stdin):
+    print(json.dumps(nvrtc.compile_ptx(source, name=name, defines=defines, targets=targets).text))
+"""
+"""Compiles without optframe's cache."""
+
+
+def assert_ptx_contract(
+    spec: OpSpec,
+    draw: Draw,
+    *,
+    seed: int,
+    attributes: Mapping[str, Any] | None = None,
+    target: str = "sm89",
+    trials: int = 1,
+    times: int = 3,
+) -> int:
+    """Check that the op's kernels compile to the same PTX in every process; return how many kernels.
+
+    Then engines that are built in several places are the same. NVRTC is not always so kind: it may order sums that it
+    hoists out of a loop by hashes of addresses, which change with each process. Give such a sum's terms one name that
+    the compiler cannot take apart (`asm("" : "+l"(offset))`).
+
+    Args:
+        draw: returns one call's inputs by parameter name, as for `assert_kernel_contract`; shapes alone matter.
+        seed: of everything random; print it, so that a failure can be repeated.
+        attributes: of the node; those left out have their defaults.
+        target: the compute capability to compile for.
+        trials: how many calls are drawn for each dtype.
+        times: how often each of two processes compiles a kernel.
+
+    Raises:
+        EnvironmentLacks: no NVRTC is installed.
+    """
+    nvrtc.compile_ptx("")
+    kernel, capability = kernels.kernel_of(spec), kernels.capability(target)
+    cases = draw_cases(spec, draw, np.random.default_rng(seed), attributes or {}, trials)
+    defines = dict.fromkeys(case.launch.defines for case in cases)
+    jobs = [(kernel.read_source(), kernel.source, chosen, (capability,)) for chosen in defines]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", COMPILE]
+    done = [
+        subprocess.run(
+            command, input=json.dumps(jobs * times), text=True, check=True, capture_output=True, env=environment
+        )
+        for _ in range(2)
+    ]
+    texts = [process.stdout.splitlines() for process in done]
+    for number, (_, _, chosen, _) in enumerate(jobs):
+        found = {text for of in texts for text in of[number :: len(jobs)]}
+        assert len(found) == 1, f"{spec.identifier}: NVRTC gives {len(found)} different PTX for {dict(chosen)}"
+    return len(jobs)

@@ -31,6 +31,15 @@ struct Problem {
   Type* out;
 };
 
+// An offset as one value, whose terms the general path does not see: the compiler would hoist a term's sums for several
+// tensors in the order of a hash table of addresses, so that PTX differed from one compilation to the next.
+__device__ __forceinline__ size_t one(size_t offset) {
+#if !RCDA_TENSOR_CORES
+  asm("" : "+l"(offset));
+#endif
+  return offset;
+}
+
 // The problem of one image and head.
 __device__ __forceinline__ Problem head_of(Problem p) {
   const size_t image = blockIdx.z;
@@ -39,8 +48,8 @@ __device__ __forceinline__ Problem head_of(Problem p) {
   p.column_queries += image * p.queries * kPitch + head;
   p.row_keys += image * p.width * kPitch + head;
   p.column_keys += image * p.height * kPitch + head;
-  p.values += image * p.height * p.width * kPitch + head;
-  p.out += image * p.queries * kPitch + head;
+  p.values += one(image * p.height * p.width * kPitch + head);
+  p.out += one(image * p.queries * kPitch + head);
   if constexpr (RCDA_ROW_MASK) p.row_mask += image * p.width;
   if constexpr (RCDA_COLUMN_MASK) p.column_mask += image * p.height;
   return p;
