@@ -138,6 +138,12 @@ def test_a_truncated_or_exchanged_file_is_told(tmp_path: Path) -> None:
     [
         ({"backend": "tensorrt"}, InputError, "is an engine of tensorrt, and only tensorrt-rtx is installed"),
         ({"version": "1.6.0"}, InputError, r"built with tensorrt-rtx 1\.6\.0, 1\.7\.1\.116 is installed"),
+        (
+            {"version": "1.8.0", "settings": {"version_compatible": True}},
+            InputError,
+            r"built with tensorrt-rtx 1\.8\.0, 1\.7\.1\.116 is installed, and engines load in later versions alone",
+        ),
+        ({"settings": {"strip": True}}, InputError, r"built without its weights \(strip\): refit it"),
         ({"targets": ("sm80", "sm86")}, EnvironmentLacks, "is for sm80, sm86, the GPU here is sm89"),
     ],
 )

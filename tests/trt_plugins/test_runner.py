@@ -4,6 +4,7 @@ What runs on a GPU is in test_device.py (any NVIDIA GPU) and test_backend.py (GP
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from optframe.details import DetailedRunner
 from optframe.errors import InputError, PluginError
 from optframe.latency import DeviceRunner
+from optframe_trt import flavours
 from optframe_trt import runner as module
 from optframe_trt.builder import Log
 from optframe_trt.driver import DriverError
@@ -289,3 +291,25 @@ def test_rtx_keeps_the_kernels_that_it_compiled(tmp_path: Path) -> None:
             assert engine.config.cache.read == expected
     (path,) = tmp_path.rglob("kernels-*.cache")
     assert path.name.startswith("kernels-abababababababab-1.7-")
+
+
+@pytest.mark.parametrize("version_compatible", [True, False])
+def test_host_code_is_allowed_to_version_compatible_engines_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version_compatible: bool
+) -> None:
+    made = make()[0]
+    made.__exit__(None, None, None)
+    runtimes: list[Any] = []
+
+    def runtime(logger: Any) -> Any:
+        runtimes.append(SimpleNamespace(engine_host_code_allowed=False, deserialize_cuda_engine=lambda data: None))
+        return runtimes[-1]
+
+    severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)
+    vars(made._flavour.module).update(Runtime=runtime, ILogger=type("ILogger", (), {"Severity": severity}))
+    monkeypatch.setattr(flavours, "load", lambda name: made._flavour)
+    (tmp_path / "model.engine").write_bytes(b"engine")
+    facts = replace(made._facts, settings={"version_compatible": version_compatible}, plugins={})
+    with pytest.raises(InputError, match=r"does not take .*model\.engine"):
+        TensorRTRunner.load(tmp_path / "model.engine", facts)
+    assert [each.engine_host_code_allowed for each in runtimes] == [version_compatible]

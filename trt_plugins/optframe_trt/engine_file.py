@@ -14,6 +14,7 @@ from optframe.errors import EnvironmentLacks, InputError
 from optframe.types import Precision
 from optframe_trt import flavours
 from optframe_trt.builder import KernelFacts, TensorFacts
+from optframe_trt.flavours import Flavour
 from optframe_trt.layers import Origin
 from optframe_trt.settings import present_target
 
@@ -110,10 +111,10 @@ def check_file(engine: Path, facts: EngineFacts) -> None:
 
 
 def check_here(engine: Path, facts: EngineFacts) -> None:
-    """See that the engine can run here: flavour, version, GPU, and a driver that loads its PTX.
+    """See that the engine can run here: flavour, version, weights, GPU, and a driver that loads its PTX.
 
     Raises:
-        InputError: the engine is of another flavour or version than is installed.
+        InputError: the engine is of another flavour or version than is installed, or has no weights.
         EnvironmentLacks: the flavour, a GPU that it is for, or a driver that is new enough is missing.
     """
     other = next((name for name in flavours.KINDS if name != facts.backend and flavours.is_installed(name)), None)
@@ -123,12 +124,21 @@ def check_here(engine: Path, facts: EngineFacts) -> None:
             f"{flavours.KINDS[facts.backend].install}, or build it again with --backend {other}"
         )
     flavour = flavours.load(facts.backend)
-    if facts.version != flavour.version and not facts.settings.get("version_compatible"):
+    if facts.version != flavour.version and not _loads_later(facts, flavour):
+        newer = ", and engines load in later versions alone" if facts.settings.get("version_compatible") else ""
         raise InputError(
-            f"{engine} was built with {facts.backend} {facts.version}, {flavour.version} is installed: "
+            f"{engine} was built with {facts.backend} {facts.version}, {flavour.version} is installed{newer}: "
             f"build it again, or install {facts.version}"
         )
+    if facts.settings.get("strip"):
+        raise InputError(f"{engine} was built without its weights (strip): refit it with TensorRT before it is run")
     check_gpu(engine, facts)
+
+
+def _loads_later(facts: EngineFacts, flavour: Flavour) -> bool:
+    """Return whether the engine is version-compatible, and what is installed no older than what built it."""
+    built, installed = map(flavours.parse_version, (facts.version, flavour.version))
+    return bool(facts.settings.get("version_compatible")) and built <= installed
 
 
 def check_gpu(engine: Path, facts: EngineFacts) -> None:

@@ -93,6 +93,8 @@ class TensorRTRunner:
         registration = creators.register(flavour, plugin_ops(path, facts, default_registry().ops()))
         logger = make_logger(flavour, log)
         runtime: trt.Runtime = flavour.module.Runtime(logger)
+        if facts.settings.get("version_compatible"):
+            runtime.engine_host_code_allowed = True  # such an engine brings a lean runtime along
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         registration.raise_errors()
         if engine is None:
