@@ -42,6 +42,7 @@ def test_a_static_model_needs_none() -> None:
         ("images=1x3x8x8,batch=2,mask=2x8x8", "says two things of dimension 'batch'"),
         ("batch", "is no part of a profile"),
         ("batch=1,height=8,width=8,batch=2", "names 'batch' twice"),
+        ("batch=0,height=8,width=8", "max 0x3x8x8 leaves nothing"),
         ("batch=1/1/3000000000,height=8,width=8", "sizes are at most 2147483647"),
     ],
 )

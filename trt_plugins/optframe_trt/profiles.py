@@ -105,6 +105,8 @@ def _range(name: str, dims: Sequence[Dim], given: Mapping[str, tuple[Shape, Shap
     _check_symbols(name, dims, given, (low, usual, high))
     if max((*low, *usual, *high), default=0) > LARGEST:
         raise InputError(f"profile of input '{name}': sizes are at most {LARGEST}")
+    if any(size == 0 and dim != 0 for size, dim in zip(high, dims, strict=True)):
+        raise InputError(f"profile of input '{name}': max {_show(high)} leaves nothing that the engine could run on")
     if any(not a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
         raise InputError(
             f"profile of input '{name}': min {_show(low)}, opt {_show(usual)}, max {_show(high)} do not rise"
