@@ -103,12 +103,13 @@ def test_a_small_one_is_built_without_plugins(small: dict[Precision, Path], tmp_
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> dict[Precision, Path]:
-    """The real model, in every precision. What its ranges are does not matter to a build, so one photograph does."""
-    adapter = AnchorDETRAdapter(AnchorDETROptions(shape=FULL))
-    exported = tmp_path_factory.mktemp("full") / "exported.onnx"
-    adapter.export(exported)
-    return converted(optimized(exported, adapter.pipelines["tensorrt"], registry), [*adapter.feeds()][:1], registry)
+def full(
+    seeded_model: AnchorDETR, tmp_path_factory: pytest.TempPathFactory, registry: Registry
+) -> dict[Precision, Path]:
+    """The real model, in every precision. What its ranges are does not matter to a build, so one image does."""
+    exported = export(seeded_model, tmp_path_factory.mktemp("full") / "exported.onnx", ExportOptions(FULL))
+    samples = [{"images": np.random.default_rng(0).standard_normal(FULL).astype(np.float32)}]
+    return converted(optimized(exported, AnchorDETRAdapter.pipelines["tensorrt"], registry), samples, registry)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -139,10 +140,12 @@ def test_the_full_size_is_built_for_several_gpus_at_once(
     assert_layernorm_inside(data, facts, 86)
 
 
-def test_dynamic_shapes_are_built_within_their_profile(tmp_path: Path, registry: Registry) -> None:
-    adapter = AnchorDETRAdapter(AnchorDETROptions(dynamic=True))
-    adapter.export(tmp_path / "exported.onnx")
-    model = optimized(tmp_path / "exported.onnx", adapter.pipelines["tensorrt"], registry)
+def test_dynamic_shapes_are_built_within_their_profile(
+    seeded_model: AnchorDETR, tmp_path: Path, registry: Registry
+) -> None:
+    options = AnchorDETROptions(dynamic=True).export
+    exported = export(seeded_model, tmp_path / "exported.onnx", options)
+    model = optimized(exported, AnchorDETRAdapter.pipelines["tensorrt"], registry)
     data, facts = build(model, tmp_path / "engine", registry, "fp32", profile=PROFILE)
     assert_layernorm_inside(data, facts, 89)
     (profile,) = facts["profiles"]
