@@ -22,7 +22,7 @@ from optframe.passes import PASS_KEY
 from optframe.stages import RunRequest
 from optframe.types import OpSpec, Precision
 from optframe_anchordetr.ops import LAYER_NORM
-from optframe_trt import flavours
+from optframe_trt import flavours, nvrtc
 from optframe_trt.backend import TensorRTBackend, TensorRTRTXBackend
 
 needs_rtx = pytest.mark.skipif(not flavours.is_installed("tensorrt-rtx"), reason="needs tensorrt-rtx-cu13")
@@ -418,3 +418,9 @@ def test_an_engine_of_full_tensorrt_runs_as_onnxruntime_does(tmp_path: Path, mon
         told = runner.details(feeds)
     assert told.series["gpu"].median > 0
     assert {node for layer in told.layers for node in layer.nodes} >= {NODE}
+
+
+@needs_rtx
+def test_what_plugins_lack_is_told_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "toolkits", lambda: ())
+    assert "pip install 'nvidia-cuda-nvrtc-cu12'" in TensorRTRTXBackend().versions()["nvrtc"]

@@ -73,9 +73,10 @@ class TensorRTBackend:
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of the flavour and of NVRTC, and the GPU, which is what engines are built for."""
+        compilers = ", ".join(".".join(map(str, toolkit.version)) for toolkit in nvrtc.toolkits())
         return {
             self.name: flavours.load(self.name).version,
-            "nvrtc": ", ".join(".".join(map(str, toolkit.version)) for toolkit in nvrtc.toolkits()),
+            "nvrtc": compilers or f"none, so without plugins: {nvrtc.INSTALL}",
             "gpu": environment.machine_name("cuda") if environment.gpus() else "none",
         }
 

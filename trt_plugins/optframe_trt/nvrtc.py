@@ -16,7 +16,7 @@ from optframe.errors import EnvironmentLacks, InputError, PluginError
 DEFAULT_TARGETS = (80,)
 """Compute capabilities that PTX is made for where nobody says otherwise: all from Ampere on."""
 
-_INSTALL = "pip install 'nvidia-cuda-nvrtc-cu12' 'nvidia-cuda-runtime-cu12' (the extra optframe[nvrtc])"
+INSTALL = "pip install 'nvidia-cuda-nvrtc-cu12' 'nvidia-cuda-runtime-cu12' (the extra optframe[nvrtc])"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compile_ptx(
 def _default_toolkit() -> Toolkit:
     found = toolkits()
     if not found:
-        raise EnvironmentLacks(f"no NVRTC with the CUDA headers was found, which compiles plugin kernels: {_INSTALL}")
+        raise EnvironmentLacks(f"no NVRTC with the CUDA headers was found, which compiles plugin kernels: {INSTALL}")
     return found[0]
 
 
@@ -171,4 +171,4 @@ def _message(nvrtc: ctypes.CDLL, status: int) -> str:
 
 def _check(nvrtc: ctypes.CDLL, status: int) -> None:
     if status != 0:
-        raise EnvironmentLacks(f"NVRTC failed with {_message(nvrtc, status)}; reinstall it: {_INSTALL}")
+        raise EnvironmentLacks(f"NVRTC failed with {_message(nvrtc, status)}; reinstall it: {INSTALL}")
