@@ -25,7 +25,7 @@ from optframe.onnx_model import OnnxFileModel, OnnxFileOptions
 from optframe.pipeline import Pipeline
 from optframe.registry import Registry, default_registry
 from optframe.store import Store
-from optframe.types import Feeds, Outputs, Precision
+from optframe.types import DEFAULT_CALIBRATOR, Feeds, Outputs, Precision
 
 if TYPE_CHECKING:  # what not every call needs is imported by those that do
     from optframe.precision import Ranges, Sensitivity
@@ -98,7 +98,7 @@ def convert_precision(
     to: Precision,
     *,
     calibration: FeedsLike = None,
-    calibrator: str = "entropy",
+    calibrator: str = DEFAULT_CALIBRATOR,
     keep: Collection[str] = (),
     ranges: str | os.PathLike[str] | Ranges | None = None,
     int8_base: Literal["fp32", "fp16"] = "fp32",

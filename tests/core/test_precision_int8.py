@@ -248,6 +248,30 @@ def test_small_linear_layers_behind_the_last_norm_are_a_head(rng: np.random.Gene
     assert [node.inputs[1].name for node in place(model).products] == ["up", "down"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("rows", "placed"), [(512, "up down"), (5, "s1 s2 up down")])
+def test_the_smallest_linear_layers_stay_out_where_they_are_negligible_together(
+    rows: int, placed: str, rng: np.random.Generator
+) -> None:
+    """With 5 rows each of s1 and s2 has 1.2 % of all FLOPs, but both have more than the 2 % of what is negligible."""
+    text = f"""g (float[1,{rows},64] x, float[1,1,64] z, float[64,64] s1, float[64,64] s2, float[64,512] up,
+                      float[512,64] down, float[64,8] head) => (float[1,{rows},8] y) {{
+        a = MatMul(z, s1)
+        b = Relu(a)
+        c = MatMul(b, s2)
+        d = Add(x, c)
+        e = MatMul(d, up)
+        f = Relu(e)
+        g = MatMul(f, down)
+        h = Relu(g)
+        y = MatMul(h, head)
+    }}"""
+    shapes = {"s1": (64, 64), "s2": (64, 64), "up": (64, 512), "down": (512, 64), "head": (64, 8)}
+    model = inferred(parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
+    names = [node.inputs[1].name for node in place(model).products]  # type: ignore[union-attr]
+    assert names == placed.split()
+    assert len(place(model, "linear").products) == 5
+
+
 LAYERS = {
     "Conv": ("y1 = Conv<group = 2>(x, w, b)", (6, 2, 3, 3), 0),
     "ConvTranspose": ("y1 = ConvTranspose(x, w, b)", (4, 6, 3, 3), 1),

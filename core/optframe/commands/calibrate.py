@@ -22,6 +22,7 @@ from optframe.report.verdict import proposal_text
 from optframe.session import Session
 from optframe.stages import RunRequest
 from optframe.store import Store
+from optframe.types import DEFAULT_CALIBRATOR
 
 SHOWN_LAYERS = 20
 
@@ -39,7 +40,7 @@ def calibrate(
     ] = None,
     pipeline: shared.Pipeline = None,
     verify: shared.Verify = "each",
-    calibrator: Annotated[str, typer.Option(metavar="NAME", help="How ranges are chosen.")] = "entropy",
+    calibrator: Annotated[str, typer.Option(metavar="NAME", help="How ranges are chosen.")] = DEFAULT_CALIBRATOR,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Rank layers by the error that INT8 in them causes.")
     ] = False,

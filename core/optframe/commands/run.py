@@ -19,7 +19,7 @@ from optframe.report import RunReport, summary_lines, summary_table
 from optframe.session import Session
 from optframe.stages import RunRequest
 from optframe.store import Store
-from optframe.types import PRECISIONS, Precision
+from optframe.types import DEFAULT_CALIBRATOR, PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from optframe.registry import Registry
@@ -73,7 +73,7 @@ def run(
     dump: shared.Dump = None,
     calibrator: Annotated[
         str, typer.Option(metavar="NAME", help="How INT8 ranges are chosen.", rich_help_panel=GRAPH_PANEL)
-    ] = "entropy",
+    ] = DEFAULT_CALIBRATOR,
     int8_keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Nodes to leave out of INT8.", rich_help_panel=GRAPH_PANEL),

@@ -6,6 +6,7 @@ placement), and none asks for names or for a certain model:
 - Convolutions with constant weights, and matrix products of an activation with constant weights.
 - Not the projections of an attention (next to a product of two activations or a softmax), which runtimes fuse into one
   16-bit kernel; nor heads: products that no other follows, and small linear layers that lead to nothing but them.
+- Nor the smallest linear layers, which would gain next to nothing, and err as much as large ones.
 - Not what is computed from constants or from sines (positions), of which attention needs every bit.
 - Every activation operand is quantised right before its product, so never around a normalisation or a softmax.
 - Where a product's result and a shortcut are added, and the sum is quantised later on, the shortcut is quantised too.
@@ -14,6 +15,7 @@ placement), and none asks for names or for a certain model:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -21,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import onnx_ir as ir
 
 from optframe.errors import unknown_name
-from optframe.flops import count_flops
+from optframe.flops import FlopReport, count_flops
 from optframe.precision.nodes import LAYOUT_OPS, Keep, agree, is_constant, is_standard, keeps
 from optframe.shapes import static_shape
 
@@ -60,6 +62,9 @@ ACTIVATION_OPS = frozenset(
 
 SMALL_SHARE = 0.01
 """Linear layers below this share of a model's FLOPs may be part of a head."""
+
+NEGLIGIBLE_SHARE = 0.02
+"""Linear layers that together have no more than this share of a model's FLOPs gain no time worth their error."""
 
 
 class Read(NamedTuple):
@@ -132,9 +137,28 @@ def _products(model: ir.Model, scope: Scope, input_shapes: Mapping[str, Sequence
         candidates = [node for node in candidates if len(activation_indices(node)) == 1]
     if scope != "default":
         return candidates
-    heads = _heads(model, candidates, input_shapes)
+    flops = count_flops(model, input_shapes=input_shapes)
+    heads = _heads(model, candidates, flops)
     attention = _Attention(model)
-    return [node for node in candidates if node not in heads and not attention.adjoins(node)]
+    candidates = [node for node in candidates if node not in heads and not attention.adjoins(node)]
+    negligible = _negligible(candidates, flops)
+    return [node for node in candidates if node not in negligible]
+
+
+def _negligible(products: Sequence[ir.Node], flops: FlopReport) -> set[ir.Node]:
+    """Return the smallest linear layers, as far as all of them together are; those of one size stay together."""
+    linear = [node for node in products if node.op_type not in CONVOLUTIONS and node.name in flops.by_node]
+    sizes: defaultdict[int, list[ir.Node]] = defaultdict(list)
+    for node in linear:
+        sizes[flops.by_node[node.name or ""]].append(node)
+    found: set[ir.Node] = set()
+    left = NEGLIGIBLE_SHARE * flops.total
+    for size, nodes in sorted(sizes.items()):
+        left -= size * len(nodes)
+        if left < 0:
+            break
+        found.update(nodes)
+    return found
 
 
 def _is_product(node: ir.Node) -> bool:
@@ -222,12 +246,9 @@ def _reached(
                 yield node
 
 
-def _heads(
-    model: ir.Model, products: Sequence[ir.Node], input_shapes: Mapping[str, Sequence[int]] | None
-) -> set[ir.Node]:
+def _heads(model: ir.Model, products: Sequence[ir.Node], flops: FlopReport) -> set[ir.Node]:
     """Return the products that no other follows, and the small linear layers that lead to nothing but such."""
     heads = {node for node, followed in _followed(model.graph, products).items() if not followed}
-    flops = count_flops(model, input_shapes=input_shapes)
     for node in reversed(products):
         small = flops.by_node.get(node.name or "", flops.total) < SMALL_SHARE * flops.total
         if node.op_type in CONVOLUTIONS or not small:

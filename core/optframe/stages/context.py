@@ -14,7 +14,7 @@ from optframe.accuracy import Limits
 from optframe.gate import Verify
 from optframe.registry import Kind, Registry
 from optframe.stages.runner import StageRunner, Worker
-from optframe.types import PRECISIONS, ModelAdapter, Precision
+from optframe.types import DEFAULT_CALIBRATOR, PRECISIONS, ModelAdapter, Precision
 
 MODEL_FILE = "model.onnx"
 SAMPLES_FILE = "samples.npz"
@@ -35,7 +35,7 @@ class RunRequest:
     optional: bool = False
     backends: tuple[str, ...] = ("onnxruntime",)
     pipeline: str | None = None
-    calibrator: str = "entropy"
+    calibrator: str = DEFAULT_CALIBRATOR
     keep: tuple[str, ...] = ()
     int8_base: Literal["fp32", "fp16"] = "fp32"
     ranges: Path | None = None
