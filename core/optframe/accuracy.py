@@ -53,7 +53,7 @@ class Limits:
 DEFAULT_LIMITS: Mapping[Precision, Limits] = {
     "fp32": Limits(max_abs=2e-4),
     "fp16": Limits(err_over_response=0.03),
-    "int8": Limits(err_over_response=0.35),
+    "int8": Limits(err_over_response=0.2),
 }
 
 

@@ -170,7 +170,7 @@ def test_judge_says_which_output_and_by_how_much() -> None:
 def test_a_limit_that_could_not_be_judged_is_told_but_not_missed() -> None:
     (finding,) = judge({"y": OutputError(1.0, 0, 0, None)}, DEFAULT_LIMITS["int8"])
     assert not finding.missed
-    assert str(finding) == "y: err_over_response could not be judged against its limit 0.35"
+    assert str(finding) == "y: err_over_response could not be judged against its limit 0.2"
 
 
 def test_an_infinite_error_misses_its_limit_without_a_silly_factor() -> None:
