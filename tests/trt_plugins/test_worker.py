@@ -4,6 +4,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -217,3 +219,23 @@ def test_a_worker_that_waits_for_ever_is_ended(
     monkeypatch.setattr(worker, "STALL_SECONDS", 1.0)
     with pytest.raises(InputError, match=message):
         worker.build_in_worker(request(tmp_path), lambda what, fraction: None, tmp_path / "log")
+
+
+def test_what_a_plugin_raised_before_a_crash_is_told(tmp_path: Path) -> None:
+    """TensorRT-RTX corrupts its heap when some callbacks raise, and dies before the worker can send what was kept."""
+    log = tmp_path / "worker.log"
+    log.write_text(
+        f"of TensorRT\n{worker.KEPT}node 'a' (x::Y): its kernel depends on the shape\n{worker.KEPT}node 'b'\n"
+        f"malloc(): invalid size\n{worker.FAULT}: Aborted\n"
+    )
+    assert str(worker._crash(-signal.SIGABRT, log)) == "node 'a' (x::Y): its kernel depends on the shape"
+
+
+def test_the_worker_logs_what_plugins_raise(tmp_path: Path) -> None:
+    code = (
+        "from optframe_trt import registration, worker\n"
+        "worker._log_plugin_errors()\n"
+        "registration.Registration(()).keep(registration.NodeError('n', 'x::Y', ValueError('no')))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.startswith(f"{worker.KEPT}node 'n' (x::Y): ValueError")

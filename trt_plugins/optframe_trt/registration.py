@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -11,6 +12,9 @@ from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginE
 from optframe_trt.kernels import CompiledKernel
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+logger = logging.getLogger("optframe_trt.plugins")
+"""Is told each exception at once, at level DEBUG: TensorRT may crash on what a callback raised."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Registration:
         """Remember the kernels of a node."""
         self.kernels[node] = tuple(dict.fromkeys((*self.kernels.get(node, ()), *compiled)))
 
+    def keep(self, error: NodeError) -> None:
+        """Remember what a callback raised."""
+        self.errors.append(error)
+        logger.debug("%s", error)
+
     def raise_errors(self) -> None:
         """Raise the first error kept, with its node's name, and forget all; do nothing where there is none.
 
@@ -68,7 +77,7 @@ def keep_errors(method: Method) -> Method:
         try:
             return method(self, *arguments)
         except Exception as error:
-            self.registration.errors.append(NodeError(self.node, self.spec.identifier, error))
+            self.registration.keep(NodeError(self.node, self.spec.identifier, error))
             raise
 
     return cast(Method, run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 from optframe import errors, typed_json
 from optframe.errors import InputError, OptframeError, describe
+from optframe_trt import registration
 from optframe_trt.builder import (
     BuildRequest,
     BuildResult,
@@ -43,6 +45,10 @@ MODULE = "optframe_trt.worker"
 
 FAULT = "Fatal Python error"
 """What `faulthandler` writes into the log first when a signal ends the worker."""
+
+
+KEPT = "optframe: "
+"""Before what a plugin raised, in the log: TensorRT may crash before the worker can send it."""
 
 
 def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult:
@@ -119,8 +125,12 @@ def _result(reply: Mapping[str, Any]) -> BuildResult:
 
 
 def _crash(status: int, log: Path) -> InputError:
+    """Return the error for a worker that died: what a plugin raised before that, if one did."""
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     lines = log.read_text(errors="replace").partition(FAULT)[0].strip().splitlines()
+    kept = next((line.removeprefix(KEPT) for line in lines if line.startswith(KEPT)), None)
+    if kept is not None:
+        return InputError(kept)
     said = f" ({lines[-1].strip()[:200]})" if lines else ""
     return InputError(
         f"TensorRT crashed on this model with {how}{said}: keep the portable form, "
@@ -184,8 +194,16 @@ def _throttled(send: Any) -> Tell:
     return tell
 
 
+def _log_plugin_errors() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{KEPT}%(message)s"))
+    registration.logger.addHandler(handler)
+    registration.logger.setLevel(logging.DEBUG)
+
+
 def main() -> None:
     """Serve on standard input and output; whatever native code prints goes to standard error."""
+    _log_plugin_errors()
     faulthandler.enable()  # a crash, and the end of a build that waits for ever, leave in the log where they were
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -26,7 +26,7 @@ _ENOUGH_BLOCKS = 132
 """So many large blocks fill a large GPU (an H200 has 132 multiprocessors); small blocks do better where fewer come."""
 
 _MANY_QUERIES, _FEW_QUERIES = 16, 8
-"""Queries of a warp on the general path: many make more of each value that is read, few leave more warps."""
+"""Queries of a warp on the general path: many make more of each value that is read, if shared memory holds them."""
 
 _MOST_GROUPS = 24
 """Groups of 8 columns, times tiles, whose row weights a warp's registers hold without spilling: 192 columns."""
@@ -180,27 +180,14 @@ def _plan(sizes: RCDASizes) -> _Plan | None:
 
 
 def _general_launch(sizes: RCDASizes, common: tuple[tuple[str, str], ...]) -> KernelLaunch:
-    """Return the launch of the path for any dtype and head size."""
+    """Return the launch of the path for any dtype and head size; up to h + w = 192 one kernel does all shapes."""
+    query_bytes = (sizes.height + sizes.width) * 4  # a query's weights in shared memory
     most = SHARED_BYTES // 4 // _FEW_QUERIES
     require(sizes.height + sizes.width <= most, f"{_OP}: h + w is {sizes.height + sizes.width}, but {most} is the most")
-    queries = _MANY_QUERIES if _general_blocks(sizes, _MANY_QUERIES) >= _ENOUGH_BLOCKS else _FEW_QUERIES
-    warps = _general_warps(sizes, queries)
+    queries = _MANY_QUERIES if _MANY_QUERIES * query_bytes <= SHARED_BYTES else _FEW_QUERIES
+    warps = min(4, SHARED_BYTES // (queries * query_bytes))
     path = (("RCDA_TENSOR_CORES", "0"), ("RCDA_WARPS", str(warps)), ("RCDA_QUERIES", str(queries)))
-    return _launch(sizes, (*common, *path), warps, queries * warps, warps * _general_bytes(sizes, queries))
-
-
-def _general_bytes(sizes: RCDASizes, queries: int) -> int:
-    """Return what the weights of a warp's queries take in shared memory."""
-    return (sizes.height + sizes.width) * queries * 4
-
-
-def _general_warps(sizes: RCDASizes, queries: int) -> int:
-    return min(4, SHARED_BYTES // _general_bytes(sizes, queries))
-
-
-def _general_blocks(sizes: RCDASizes, queries: int) -> int:
-    warps = _general_warps(sizes, queries)
-    return cdiv(sizes.queries, queries * warps) * sizes.heads * sizes.images if warps else 0
+    return _launch(sizes, (*common, *path), warps, queries * warps, warps * queries * query_bytes)
 
 
 def _launch(

@@ -123,6 +123,21 @@ class TestLaunchRule:
         assert defines(chosen)["RCDA_TENSOR_CORES"] == "0"
         assert chosen.shared_bytes <= SHARED_BYTES
 
+    def test_one_general_kernel_does_all_shapes_of_a_profile(self) -> None:
+        sizes = [Size(n, q, h, w, heads=8) for n, q, h, w in ((1, 640, 20, 32), (1, 3350, 50, 67), (4, 7056, 84, 84))]
+        launches = [launch(size, "float32") for size in sizes]
+        assert len({chosen.defines for chosen in launches}) == 1
+        for size, chosen in zip(sizes, launches, strict=True):
+            queries = chosen.block[0] // 32 * int(defines(chosen)["RCDA_QUERIES"])
+            assert chosen.grid == (-(-size.queries // queries), size.heads, size.images)
+
+    @pytest.mark.parametrize(("height", "width", "queries"), [(300, 400, "16"), (700, 500, "8")])
+    def test_high_maps_leave_room_in_shared_memory(self, height: int, width: int, queries: str) -> None:
+        chosen = launch(Size(1, 900, height, width, heads=8), "float32")
+        assert defines(chosen)["RCDA_QUERIES"] == queries
+        assert chosen.block[0] >= 32
+        assert chosen.shared_bytes <= SHARED_BYTES
+
     def test_few_queries_get_small_blocks(self) -> None:
         few, many = (launch(Size(1, queries, 50, 67, heads=8), "float16") for queries in (900, 3350))
         assert (defines(few)["RCDA_TILES"], defines(many)["RCDA_TILES"]) == ("1", "2")
