@@ -102,9 +102,14 @@ def _max_abs(actual: Any, expected: Any) -> float:
     return float(np.abs(np.asarray(actual, np.float64) - expected).max())
 
 
+FLUSH_DENORMALS = False
+"""Whether sessions take denormal numbers for zero. The first session of a process decides for its main thread."""
+
+
 def session(path: Path, level: str = "ORT_ENABLE_ALL") -> onnxruntime.InferenceSession:
     """Return a session on the CPU, one thread a core."""
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.set_denormal_as_zero", str(int(FLUSH_DENORMALS)))
     options.log_severity_level = 4
     options.intra_op_num_threads = environment.usable_cores()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)

@@ -33,8 +33,10 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=240.0)
     parser.add_argument("--memory-gb", type=float, default=12.0)
     parser.add_argument("--inputs", type=Path, help="an .npz file of real inputs, for models of one interface")
+    parser.add_argument("--flush-denormals", action="store_true", help="CPUs take numbers below 1.2e-38 for zero")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    measure.FLUSH_DENORMALS = options.flush_denormals
     unknown = set(options.tools.split(",")) - set(tools.TOOLS)
     if unknown:
         parser.error(f"unknown tools: {', '.join(sorted(unknown))}; known: {', '.join(tools.TOOLS)}")

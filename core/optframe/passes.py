@@ -6,7 +6,7 @@ import ast
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from optframe.errors import unknown_name
 from optframe.types import OpSpec
@@ -28,6 +28,8 @@ TORCH_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 Dialect = Literal["onnx_ir", "graphsurgeon"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class NearMiss:
@@ -46,18 +48,37 @@ class PassResult:
     rewrites: int = 0
 
 
+class Facts:
+    """What passes found out about a model, kept from one to the next until one modifies it."""
+
+    def __init__(self) -> None:
+        self._model: ir.Model | None = None
+        self._known: dict[object, Any] = {}
+
+    def of(self, model: ir.Model, find: Callable[[ir.Model], T]) -> T:
+        """Return what `find` finds out about `model`, which the running pass has not changed yet."""
+        if model is not self._model:
+            self._model, self._known = model, {}
+        if find not in self._known:
+            self._known[find] = find(model)
+        found: T = self._known[find]
+        return found
+
+
 @dataclass
 class PassContext:
     """What a pass may use besides the model; one is made for each execution of a pass.
 
     `ops` are the registered plugin ops by identifier. `allow` is asked once before each rewrite, so that a failure
-    can be bisected to a single one. A pass changes a graph through `replace`, which keeps names and provenance.
+    can be bisected to a single one. A pass changes a graph through `replace`, which keeps names and provenance. `facts`
+    spares it what the pass before found out, where that one changed nothing.
     """
 
     ops: Mapping[str, OpSpec] = field(default_factory=dict)
     allow_rewrite: Callable[[str], bool] = lambda _description: True
     near_misses: list[NearMiss] = field(default_factory=list)
     pass_name: str = ""
+    facts: Facts = field(default_factory=Facts)
 
     def near_miss(self, node: Any, reason: str) -> None:
         """Record that `node` (of either dialect) nearly matched, and the `reason` it was left alone."""

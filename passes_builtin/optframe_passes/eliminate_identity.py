@@ -48,7 +48,7 @@ class EliminateIdentity(GraphPass):
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Remove in place."""
-        known = Propagation.of(model)
+        known = context.facts.of(model, Propagation.of)
         rewrites = 0
         for node in list(all_nodes(model)):
             if node.graph is None or not is_onnx(node) or node.op_identifier() in model.functions:

@@ -42,7 +42,7 @@ class FuseGroupNorm(GraphPass):
         norms = [node for node in all_nodes(model) if is_onnx(node, "InstanceNormalization")]
         if not norms:
             return PassResult(False)
-        known, names = Propagation.of(model), FreshNames(model)
+        known, names = context.facts.of(model, Propagation.of), FreshNames(model)
         rewrites = 0
         for node in norms:
             match = _match(node, known)

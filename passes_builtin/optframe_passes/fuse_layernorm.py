@@ -12,6 +12,7 @@ from optframe.graph import opset
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import FreshNames
 from optframe_passes.layernorm_matcher import LayerNormMatch, find_layernorms, inline_layernorms
+from optframe_passes.propagate import Propagation
 
 NATIVE_OPSET = 17
 """The opset that brought LayerNormalization."""
@@ -43,7 +44,8 @@ class FuseLayerNorm(GraphPass):
         """Fuse in place."""
         version = opset(model)
         inlined = version >= NATIVE_OPSET and inline_layernorms(model, context)
-        matches = [match for match in find_layernorms(model, context) if not match.native]
+        known = Propagation.of(model) if inlined else None
+        matches = [match for match in find_layernorms(model, context, known) if not match.native]
         if version < NATIVE_OPSET:
             reason = f"LayerNormalization needs opset {NATIVE_OPSET}, the model has {version}: run lift-opset first"
             for match in matches:

@@ -30,7 +30,7 @@ class InferShapes(GraphPass):
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Record in place."""
-        return PassResult(record_shapes(model, Propagation.of(model)) > 0)
+        return PassResult(record_shapes(model, context.facts.of(model, Propagation.of)) > 0)
 
 
 def record_shapes(model: ir.Model, known: Propagation) -> int:

@@ -83,7 +83,7 @@ def find_layernorms(model: ir.Model, context: PassContext, known: Propagation | 
     ReduceMean and LayerNormalization that is left alone becomes a near-miss with its reason. `known` spares a
     propagation where the caller has one.
     """
-    known = known or Propagation.of(model)
+    known = known or context.facts.of(model, Propagation.of)
     matches: list[LayerNormMatch] = []
     taken: set[ir.Node] = set()
     for node in all_nodes(model):

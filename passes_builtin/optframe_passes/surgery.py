@@ -85,8 +85,8 @@ class Surgery:
 
     @cached_property
     def known(self) -> Propagation:
-        """What is known of the model's values, found out when it is first asked for."""
-        return Propagation.of(self._model)
+        """What is known of the model's values, found out when it is first asked for, or by a pass before."""
+        return Propagation.of(self._model) if self.rewrites else self.context.facts.of(self._model, Propagation.of)
 
     @cached_property
     def _names(self) -> FreshNames:

@@ -44,7 +44,7 @@ class FuseLayerNormPlugin(GraphPass):
         spec = context.op(LAYER_NORM.identifier)
         too_old = opset(model) < MINIMUM_OPSET
         inlined = not too_old and inline_layernorms(model, context, native=True)
-        known, names = Propagation.of(model), FreshNames(model)
+        known, names = Propagation.of(model) if inlined else context.facts.of(model, Propagation.of), FreshNames(model)
         rewrites = int(inlined)
         for match in reversed(find_layernorms(model, context, known)):
             if too_old:

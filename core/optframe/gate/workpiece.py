@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from optframe import graph
-from optframe.passes import GraphPass, NearMiss, PassContext, PassResult
+from optframe.passes import Facts, GraphPass, NearMiss, PassContext, PassResult
 from optframe.types import OpSpec
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Workpiece:
         self._model = model
         self._view: GraphSurgeonView | None = None
         self._stale = False
+        self._facts = Facts()
 
     @property
     def model(self) -> ir.Model:
@@ -75,11 +76,14 @@ class Workpiece:
             made.append(description)
             return True
 
-        context = PassContext(ops=ops, allow_rewrite=allow, pass_name=step.name)
+        facts, self._facts = self._facts, Facts()
+        context = PassContext(ops=ops, allow_rewrite=allow, pass_name=step.name, facts=facts)
         self.enter(step)
         result = step.run(self._view.graph if self._view else self._model, context)
         if not isinstance(result, PassResult):
             raise TypeError(f"run() returned {type(result).__name__}, not PassResult")
+        if not result.modified:
+            self._facts = facts
         if self._view:
             self._view.stamp(step.name)
             self._stale |= result.modified
