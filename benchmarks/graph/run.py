@@ -43,6 +43,7 @@ def main() -> None:
     results = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/graph/run.py " + " ".join(path.name for path in options.models),
+        "flush_denormals": options.flush_denormals,
         "machine": measure.machine(),
         "models": {path.name: bench(path, options) for path in options.models},
     }

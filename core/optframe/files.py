@@ -65,7 +65,8 @@ def folder_for(path: Path) -> Iterator[Path]:
         InputError: it cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    whole = Path(os.path.abspath(path))  # without "..", which would lead elsewhere once a folder is there
+    new = [folder for folder in (whole, *whole.parents) if not folder.exists()]
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ RANDOM_OPS = frozenset(
 )
 """Ops of ONNX that draw numbers, by which node they are; Dropout is not one in inference."""
 
-EXTERNAL_THRESHOLD_BYTES = 1 << 31
-"""A protobuf message ends at 2 GiB: larger models are saved with their weights beside them."""
+EXTERNAL_THRESHOLD_BYTES = (1 << 31) - (64 << 20)
+"""A protobuf message ends at 2 GiB: models with more weights are saved with them beside; nodes need room as well."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:

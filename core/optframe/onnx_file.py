@@ -50,9 +50,16 @@ class _Field:
     """A field of a message: where its tag begins, where its content begins and ends."""
 
     number: int
+    wire_type: int
     start: int
     content: int
     end: int
+
+    def holds(self, number: int) -> bool:
+        """Whether it is field `number`, whose content is bytes."""
+        if self.number == number and self.wire_type != _BYTES:
+            raise _Unusual
+        return self.number == number
 
 
 def read(path: Path) -> ir.Model | None:
@@ -119,14 +126,14 @@ def _like(old: ir.TensorProtocol | None, array: Array) -> ir.Tensor[Array]:
 
 def _without_weights(data: Buffer) -> tuple[bytes, dict[int, tuple[int, int]]]:
     """Return the model in `data` without the raw data of large initialisers: index -> where that begins and ends."""
-    graphs = [field for field in _fields(data, 0, len(data)) if field.number == _GRAPH]
+    graphs = [field for field in _fields(data, 0, len(data)) if field.holds(_GRAPH)]
     if len(graphs) != 1:  # protobuf merges several into one
         raise _Unusual
     places: dict[int, tuple[int, int]] = {}
     pieces: list[bytes] = []
     copied, index = graphs[0].content, 0
     for field in _fields(data, graphs[0].content, graphs[0].end):
-        if field.number != _INITIALIZER:
+        if not field.holds(_INITIALIZER):
             continue
         raw = _raw_data(data, field) if field.end - field.start > DIRECT_BYTES else None
         if raw is not None:
@@ -141,13 +148,14 @@ def _without_weights(data: Buffer) -> tuple[bytes, dict[int, tuple[int, int]]]:
 
 def _raw_data(data: Buffer, tensor: _Field) -> _Field | None:
     """Return the raw data of an initialiser, None if there is none to speak of."""
-    found = [field for field in _fields(data, tensor.content, tensor.end) if field.number == _RAW_DATA]
+    found = [field for field in _fields(data, tensor.content, tensor.end) if field.holds(_RAW_DATA)]
     return found[0] if len(found) == 1 and found[0].end - found[0].content > DIRECT_BYTES else None
 
 
 def _read_arrays(file: FileIO, graph: onnx.GraphProto, places: Mapping[int, tuple[int, int]]) -> dict[str, Array]:
     """Return name -> content of the initialisers of `graph` at `places` in `file`."""
-    if len({tensor.name for tensor in graph.initializer}) < len(graph.initializer):
+    names = {tensor.name for tensor in graph.initializer}
+    if len(names) < len(graph.initializer) or "" in names:
         raise _Unusual
     arrays: dict[str, Array] = {}
     for index, (start, end) in places.items():
@@ -186,11 +194,11 @@ def _emptied(graph: ir.Graph, direct: Mapping[str, ir.TensorProtocol]) -> Iterat
 def _with_weights(graph: bytes, tensors: Sequence[ir.TensorProtocol | None]) -> Iterator[bytes | memoryview]:
     """Yield the message `graph` in pieces, with the content of those initialisers for which there is a tensor."""
     copied = 0
-    initializers = (field for field in _fields(graph, 0, len(graph)) if field.number == _INITIALIZER)
+    initializers = (field for field in _fields(graph, 0, len(graph)) if field.holds(_INITIALIZER))
     for field, tensor in zip(initializers, tensors, strict=True):
         if tensor is None:
             continue
-        raw = next(inner for inner in _fields(graph, field.content, field.end) if inner.number == _RAW_DATA)
+        raw = next(inner for inner in _fields(graph, field.content, field.end) if inner.holds(_RAW_DATA))
         content = _bytes_of(tensor.numpy())
         before = graph[field.content : raw.start] + _prefix(_RAW_DATA, len(content))
         size = len(before) + len(content) + field.end - raw.end
@@ -228,7 +236,7 @@ def _fields(data: Buffer, start: int, end: int) -> Iterator[_Field]:
             raise _Unusual
         if stop > end:
             raise _Unusual
-        yield _Field(tag >> 3, position, content, stop)
+        yield _Field(tag >> 3, wire_type, position, content, stop)
         position = stop
 
 

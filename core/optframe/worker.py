@@ -210,7 +210,6 @@ def _run(request: Mapping[str, Any]) -> dict[str, list[str | None]]:
     # What onnxruntime makes of a graph when it optimises is neither the model's meaning nor ours to answer for.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # no tolerance sees them, and they are slow
     try:
         session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -223,8 +223,14 @@ class _Folding:
         return None if steps is None else {node: {}, **steps}
 
     def _before_addition(self, node: ir.Node, index: int, scale: Array) -> Steps | None:
-        """Let what is behind the addition of a constant take the scale, and divide the constant by it."""
+        """Let what is behind the addition of a constant take the scale, and divide the constant by it.
+
+        The sum grows by as much: not where that could overflow, in FP16 or by more than a model's numbers should bear.
+        """
         side = self._surgery.constant_side(node)
+        grows = np.abs(scale).min(initial=1.0)
+        if grows < (1.0 if self._known.dtype(node.outputs[0]) == ir.DataType.FLOAT16 else _MOST_GROWTH):
+            return None
         if side is None or side == index or self._known.dims(node.inputs[index]) != self._known.dims(node.outputs[0]):
             return None
         scaled = self._scaled_constant(node, side, 1 / scale)
@@ -262,5 +268,8 @@ def _input_axis(node: ir.Node) -> int | None:
         return node.attributes.get_int("transB", 0)
     return {"MatMul": -2, "Conv": 1, "ConvTranspose": 0}.get(node.op_type)
 
+
+_MOST_GROWTH = 1e-6
+"""The smallest scale by which a constant of FP32 is divided: sums grow by its inverse at most."""
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

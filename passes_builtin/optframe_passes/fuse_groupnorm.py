@@ -13,6 +13,7 @@ from optframe.passes import GraphPass, PassContext, PassResult
 from optframe_passes.edit import Array, FreshNames, add_initializer, graph_of, is_onnx, small_constant
 from optframe_passes.lift_opset import raise_to_21
 from optframe_passes.propagate import Propagation
+from optframe_passes.surgery import only_reader
 
 NATIVE_OPSET = 21
 """GroupNormalization takes scale and bias for each channel from here on. That of opset 18 takes them for each group,
@@ -74,33 +75,30 @@ def _match(norm: ir.Node, known: Propagation) -> _Match | str:
     """Return the match around the InstanceNormalization `norm`, or why there is none."""
     grouped, group_scale, group_bias = norm.inputs[0], small_constant(norm.inputs[1]), small_constant(norm.inputs[2])
     split = grouped.producer() if grouped is not None else None
-    merge = _only_consumer(norm.outputs[0])
+    merge = only_reader(norm.outputs[0])
     if split is None or merge is None or not is_onnx(split, "Reshape") or not is_onnx(merge, "Reshape"):
         return "it does not stand between two reshapes: no group normalisation"
     x, shape, inner = split.inputs[0], known.dims(split.inputs[0]), known.dims(grouped)
     if x is None or shape is None or inner is None or len(shape) < 3 or known.dims(merge.outputs[0]) != shape:
         return "the reshapes do not lead to groups and back"
     channels, groups = shape[1], inner[1]
-    if not isinstance(channels, int) or not isinstance(groups, int) or shape[0] != inner[0] or channels % groups:
+    if not isinstance(channels, int) or not isinstance(groups, int) or shape[0] != inner[0]:
         return "the channels are not split into groups of one size"
+    if not channels or not groups or channels % groups:
+        return f"{channels} channels are not split into {groups} groups of one size"
     if group_scale is None or group_bias is None:
         return "its scale and bias are not constant"
-    if _only_consumer(split.outputs[0]) is not norm:
+    if only_reader(split.outputs[0]) is not norm:
         return "the grouped input is used elsewhere too"
     scale, bias = (np.repeat(parameter, channels // groups) for parameter in (group_scale, group_bias))
     nodes = [split, norm, merge]
     for op_type in ("Mul", "Add"):
-        node = _only_consumer(nodes[-1].outputs[0])
+        node = only_reader(nodes[-1].outputs[0])
         vector = _per_channel(node, nodes[-1].outputs[0], channels, len(shape)) if node is not None else None
         if node is not None and vector is not None and is_onnx(node, op_type):
             scale, bias = (scale * vector, bias * vector) if op_type == "Mul" else (scale, bias + vector)
             nodes.append(node)
     return _Match(x, groups, scale, bias, norm.attributes.get_float("epsilon", 1e-5), tuple(nodes))
-
-
-def _only_consumer(value: ir.Value) -> ir.Node | None:
-    consumers = {*value.consumers()}
-    return None if value.is_graph_output() or len(consumers) != 1 else consumers.pop()
 
 
 def _per_channel(node: ir.Node, value: ir.Value, channels: int, rank: int) -> Array | None:

@@ -132,12 +132,14 @@ def _axes(node: ir.Node, rank: int, index: int = 1) -> tuple[int, ...] | None:
     return tuple(axis % rank for axis in axes)
 
 
-def _moved_axes(node: ir.Node, axes: Sequence[int], order: Order, index: int = 1) -> Permuted:
-    """Give `node` the axes that are at the place of `axes`, as an attribute or input `index`."""
+def _moved_axes(
+    node: ir.Node, axes: Sequence[int], order: Order, index: int = 1, dtype: ir.DataType | None = None
+) -> Permuted:
+    """Give `node` the axes that are at the place of `axes`, as an attribute or input `index` of `dtype` (int64)."""
     places = [order.index(axis) for axis in axes]
     if "axes" in node.attributes:
         return Permuted(attributes={"axes": places})
-    return Permuted(inputs={index: np.array(places, np.int64)})
+    return Permuted(inputs={index: np.array(places, np.int64 if dtype is None else dtype.numpy())})
 
 
 def _reduction(surgery: Surgery, node: ir.Node, order: Order) -> Permuted | None:
@@ -160,7 +162,8 @@ def _slice(surgery: Surgery, node: ir.Node, order: Order) -> Permuted | None:
     axes = _axes(node, len(order), 3)
     if axes == () and starts is not None and isinstance(starts[0], int):
         axes = tuple(range(starts[0]))
-    return _moved_axes(node, axes, order, 3) if axes and starts is not None else None
+    dtype = surgery.known.dtype(node.inputs[1]) if starts is not None else None  # all of a Slice's inputs have it
+    return _moved_axes(node, axes, order, 3, dtype) if axes and dtype is not None else None
 
 
 def _tile(surgery: Surgery, node: ir.Node, order: Order) -> Permuted | None:

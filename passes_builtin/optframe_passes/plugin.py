@@ -171,19 +171,19 @@ def optframe_pipelines() -> Iterable[PipelineSpec]:
         ),
         PipelineSpec(
             "portable",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,tidy",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,fold-conv-scale,select-gemm,tidy",
             "standard ops only: runs wherever the model ran",
         ),
         PipelineSpec(
             "cpu",
-            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,select-gemm,winograd-conv,lift-denormals,tile-rows,"
-            "compose-layout,tidy",
+            "clean,fuse-layernorm,fold-conv-scale,select,linear,layout,fold-conv-scale,select-gemm,winograd-conv,"
+            "lift-denormals,tile-rows,compose-layout,tidy",
             "standard ops in FP32 for a CPU: less arithmetic and traffic, though more nodes and larger weights",
         ),
         PipelineSpec(
             "tensorrt",
             "clean,fuse-layernorm,fuse-groupnorm,fold-conv-scale,select,linear,compose-linear,merge-parallel-matmuls{min_biased=4},"
-            "distribute-constant-add,layout,compose-linear,select-gemm,tidy",
+            "distribute-constant-add,layout,fold-conv-scale,compose-linear,select-gemm,tidy",
             "few and large products in standard ops, for a builder that fuses what lies between them itself",
         ),
         PipelineSpec(

@@ -30,7 +30,7 @@ _FEWEST_ROWS = 32
 _SHRINKS = 4
 """How many times smaller than the product the end of the chain must be, for the memory in between to matter."""
 
-_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Erf", "Neg")
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Max", "Relu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Erf", "Neg")
 
 
 @dataclass(frozen=True)

@@ -59,3 +59,15 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     files.write_text(tmp_path / "old" / "b", "old")
     files.copy(tmp_path / "new", tmp_path / "old")
     assert [entry.name for entry in (tmp_path / "old").iterdir()] == ["a"]
+
+
+def test_work_that_fails_takes_only_its_own_folders_away(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for path in (tmp_path / "new" / ".." / "kept", tmp_path / "kept", tmp_path / "a" / "b"):
+        with pytest.raises(RuntimeError), files.folder_for(path):
+            raise RuntimeError
+    assert [entry.name for entry in tmp_path.iterdir()] in (["kept"], ["kept", "new"], ["new", "kept"])
+    half_done = tmp_path / "a" / "b" / "half.txt"
+    with pytest.raises(FileNotFoundError), files.folder_for(half_done.parent):
+        half_done.with_name(half_done.write_text("done so far") * "x").read_text()
+    assert half_done.exists()

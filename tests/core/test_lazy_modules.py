@@ -26,3 +26,18 @@ def test_sympy_is_itself_for_everyone_else() -> None:
 
 def test_what_was_imported_before_stays() -> None:
     assert run("import sympy; core = sympy.core; import optframe.api, sympy; print(sympy.core is core)") == "True"
+
+
+def test_threads_see_whole_modules() -> None:
+    code = """
+import threading, optframe.api, onnx_ir as ir
+start, found = threading.Barrier(16), []
+def compute():
+    start.wait()
+    found.append(str(ir.SymbolicDim('N') + 1))
+threads = [threading.Thread(target=compute) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(found), set(found))
+"""
+    assert run(code) == "16 {'N + 1'}"

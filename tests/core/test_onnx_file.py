@@ -146,6 +146,8 @@ def broken(kind: str) -> bytes:
         proto.graph.initializer[1].name = "w"
     elif kind == "external with data":
         proto.graph.initializer[1].data_location = TensorProto.EXTERNAL
+    elif kind == "no name":
+        proto.graph.initializer[1].name = ""
     elif kind == "negative size":
         proto.graph.initializer[0].dims[:] = [-1, -LARGE]
     data = proto.SerializeToString()
@@ -153,6 +155,11 @@ def broken(kind: str) -> bytes:
         return data[: len(data) // 2]
     if kind == "two graphs":
         return data + onnx.ModelProto(graph=onnx.GraphProto(doc_string="merged into the first")).SerializeToString()
+    if kind == "number for a weight":
+        graph_field = onnx.GraphProto(initializer=[weight("w")]).SerializeToString()
+        content = b"\x28\x07" + graph_field  # field 5 as a number, then as the initialiser that it is
+        length = len(content)
+        return b"\x3a" + bytes([length & 127 | 128, length >> 7 & 127 | 128, length >> 14]) + content
     if kind == "group":
         return data + b"\x0b\x0c"
     if kind == "endless number":
@@ -167,6 +174,8 @@ def broken(kind: str) -> bytes:
         "one name twice",
         "external with data",
         "negative size",
+        "no name",
+        "number for a weight",
         "cut off",
         "two graphs",
         "group",

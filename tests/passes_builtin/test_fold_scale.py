@@ -195,6 +195,20 @@ def test_fp16_operands_of_a_product_are_not_enlarged(parse: Parse, weigh: Weigh,
         assert check(FoldScale(), model).result.modified == folds
 
 
+def test_sums_do_not_grow_until_they_overflow(parse: Parse, weigh: Weigh, check: Check) -> None:
+    """8000 * 0.001 + 60 is 68, but 8000 + 60 / 0.001 is no FP16."""
+    text = """g ({0}[3,4] x, {0}[4] s, {0}[4] c, {0}[4,5] w) => ({0}[A,B] y)
+        {{ t = Mul (x, s)  u = Add (t, c)  y = MatMul (u, w) }}"""
+    for kind, dtype, scale, folds in (
+        ("float16", np.float16, 0.001, False),
+        ("float", np.float32, 0.001, True),
+        ("float", np.float32, 1e-20, False),
+    ):
+        constants = {"s": np.full(4, scale), "c": np.full(4, 60.0), "w": np.ones((4, 5))}
+        model = weigh(parse(text.format(kind)), **{name: array.astype(dtype) for name, array in constants.items()})
+        assert check(FoldScale(), model).result.modified == folds, (kind, scale)
+
+
 def test_large_shared_weights_are_not_copied(parse: Parse, weigh: Weigh, check: Check, rng: Any) -> None:
     text = """g (float[3,8] x, float w, float s) => (float[A,B] y, float[C,D] z)
         { a = MatMul (x, w)  y = Mul (a, s)  b = Sin (x)  z = MatMul (b, w) }"""

@@ -156,3 +156,12 @@ def test_torch_module(groups: int) -> None:
     assert ops_of(model)["GroupNormalization"] == 1
     assert not {"InstanceNormalization", "Mul", "Add"} & set(ops_of(model))
     np.testing.assert_allclose(run(model, x.numpy()), expected, rtol=0, atol=1e-5)
+
+
+def test_reshapes_in_another_graph_are_none_of_it(check: Any) -> None:
+    text = """g (float[2,8,5] x, bool k) => (float[A,B,C] y)
+        <int64[3] sh = {0, 4, -1}, int64[3] sh2 = {2, 8, 5}, float[4] sc = {1, 1, 1, 1}, float[4] bi = {0, 0, 0, 0}> {
+        a = Reshape (x, sh)  b = InstanceNormalization (a, sc, bi)
+        y = If (k) <then_branch = t () => (float[2,8,5] q) { q = Reshape (b, sh2) },
+                    else_branch = e () => (float[2,8,5] r) { r = Identity (x) }> }"""
+    assert not check(FuseGroupNorm(), text, opset=21).result.modified

@@ -253,3 +253,10 @@ def test_invalid_nodes_stay_invalid(nodes: str, parse: Callable[..., ir.Model]) 
     model = parse(text_of("float[2,3,4] x", THREE, "int64[1] far = {5}", nodes))
     assert not MoveTransposes().run(model, PassContext()).modified
     assert not ComposeLayout().run(model, PassContext()).modified
+
+
+def test_a_slice_keeps_the_type_of_its_numbers(check: Check) -> None:
+    text = f"""g ({NCHW} x) => ({FOUR})
+        <int32[1] s = {{1}}, int32[1] e = {{4}}, int32[1] axes = {{1}}, int32[1] step = {{1}}> {{
+        a = {TO_LAST} (x)  b = Slice (a, s, e, axes, step)  c = Relu (b)  y = {BACK} (c) }}"""
+    assert check(MoveTransposes(), text).ops == {"Slice": 1, "Relu": 1}

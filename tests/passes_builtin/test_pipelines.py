@@ -60,3 +60,27 @@ def test_products_that_meet_when_what_is_between_them_goes(
     once = optimized(weigh(parse(text), **weights), "tensorrt")
     assert graph.op_histogram(once)["MatMul"] == 1
     assert Snapshot.take(once).same(Snapshot.take(optimized(once, "tensorrt")), types=False)
+
+
+@pytest.mark.parametrize("name", ["portable", "cpu", "tensorrt"])
+def test_biases_behind_convolutions_with_channels_last(
+    name: str, parse: Callable[..., ir.Model], weigh: Callable[..., ir.Model], rng: np.random.Generator
+) -> None:
+    text = """g (float[1,3,8,8] x, float[4,3,3,3] w, float[4] k) => (float[A,B,C,D] y) {
+        c = Conv (x, w)  d = Transpose <perm = [0, 2, 3, 1]> (c)
+        e = Add (d, k)   y = Transpose <perm = [0, 3, 1, 2]> (e) }"""
+    shapes = {"w": (4, 3, 3, 3), "k": (4,)}
+    weights = {given: rng.standard_normal(shape).astype(np.float32) for given, shape in shapes.items()}
+    once = optimized(weigh(parse(text), **weights), name)
+    assert "Add" not in graph.op_histogram(once)
+    assert "Transpose" not in graph.op_histogram(once)
+    assert Snapshot.take(once).same(Snapshot.take(optimized(once, name)), types=False)
+
+
+def test_lifted_shares_are_no_positions(
+    parse: Callable[..., ir.Model], weigh: Callable[..., ir.Model], rng: np.random.Generator
+) -> None:
+    text = "g (float[2,3,8] x, float[8,5] w) => (float[A,B,C] y) { p = Softmax (x) y = MatMul (p, w) }"
+    once = optimized(weigh(parse(text), w=rng.standard_normal((8, 5)).astype(np.float32)), "cpu")
+    assert dict(graph.op_histogram(once)) == {"Softmax": 1, "Max": 1, "MatMul": 1}
+    assert Snapshot.take(once).same(Snapshot.take(optimized(once, "cpu")), types=False)

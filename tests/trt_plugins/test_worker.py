@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from optframe import typed_json
-from optframe.errors import InputError, OptframeError
+from optframe.errors import EnvironmentLacks, InputError, OptframeError
 from optframe.registry import default_registry
 from optframe_trt import worker
 from optframe_trt.builder import (
@@ -221,14 +221,38 @@ def test_a_worker_that_waits_for_ever_is_ended(
         worker.build_in_worker(request(tmp_path), lambda what, fraction: None, tmp_path / "log")
 
 
-def test_what_a_plugin_raised_before_a_crash_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [worker._stall, lambda log: worker._crash(-signal.SIGABRT, log)])
+def test_what_a_plugin_raised_before_the_end_is_told(tmp_path: Path, end: Any) -> None:
     """TensorRT-RTX corrupts its heap when some callbacks raise, and dies before the worker can send what was kept."""
     log = tmp_path / "worker.log"
+    first, second = (json.dumps({"error": text, "kind": "EnvironmentLacks"}) for text in ("no NVRTC:\ntwo lines", "b"))
+    log.write_text(f"of TensorRT\n{worker.KEPT}{first}\n{worker.KEPT}{second}\nmalloc()\n{worker.FAULT}: Aborted\n")
+    error = end(log)
+    assert isinstance(error, EnvironmentLacks)
+    assert str(error) == "no NVRTC:\ntwo lines"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(-signal.SIGKILL, "out of memory"), (-40, "with signal 40"), (3, "with exit status 3")]
+)
+def test_every_end_has_its_line(tmp_path: Path, status: int, message: str) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text("")
+    assert message in str(worker._crash(status, log))
+
+
+@pytest.mark.parametrize("line", ['{"result": {"versi', "[1]", "printed by a library", ""])
+def test_half_a_line_is_no_reply(line: str) -> None:
+    assert worker._reply(line) is None
+
+
+def test_where_a_build_stalled_is_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
     log.write_text(
-        f"of TensorRT\n{worker.KEPT}node 'a' (x::Y): its kernel depends on the shape\n{worker.KEPT}node 'b'\n"
-        f"malloc(): invalid size\n{worker.FAULT}: Aborted\n"
+        f"{worker.FAULT}: Aborted\n\nCurrent thread 0x00007f (most recent call first):\n"
+        '  File "/a/b/rule.py", line 3 in <lambda>\n  File "<frozen runpy>", line 198 in _run_module_as_main\n'
     )
-    assert str(worker._crash(-signal.SIGABRT, log)) == "node 'a' (x::Y): its kernel depends on the shape"
+    assert "in <lambda> (rule.py:3)" in str(worker._stall(log))
 
 
 def test_the_worker_logs_what_plugins_raise(tmp_path: Path) -> None:
@@ -238,4 +262,6 @@ def test_the_worker_logs_what_plugins_raise(tmp_path: Path) -> None:
         "registration.Registration(()).keep(registration.NodeError('n', 'x::Y', ValueError('no')))\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stderr.startswith(f"{worker.KEPT}node 'n' (x::Y): ValueError")
+    reply = json.loads(ran.stderr.removeprefix(worker.KEPT))
+    assert reply["error"].startswith("node 'n' (x::Y): ValueError")
+    assert reply["kind"] == "PluginError"

@@ -78,7 +78,7 @@ def choose_launch(
         reach = " to ".join(texts(inputs) for inputs, _ in (calls[0], calls[-1]))
         raise InputError(
             f"its kernel depends on the shape ({found}) and the profile has {reach}: "
-            "give the dynamic dimensions one size a profile, or keep the op's function"
+            "give the dynamic dimensions one size a profile, or leave this op out of --plugins"
         )
     return launches[-1]
 

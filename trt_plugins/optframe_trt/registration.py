@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from optframe_trt.kernels import CompiledKernel
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 logger = logging.getLogger("optframe_trt.plugins")
-"""Is told each exception at once, at level DEBUG: TensorRT may crash on what a callback raised."""
+"""Is told each exception at once, as JSON at level DEBUG: TensorRT may crash on what a callback raised."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,13 @@ class NodeError:
 
     node: str
     op: str
-    error: Exception
+    error: BaseException
+
+    @property
+    def kind(self) -> type[OptframeError]:
+        """What the caller gets: the kind of error that it is, if it is one of ours that says what to do."""
+        raised = type(self.error)
+        return raised if raised in (InputError, EnvironmentLacks) else PluginError
 
     def __str__(self) -> str:
         known = isinstance(self.error, OptframeError)
@@ -51,7 +58,7 @@ class Registration:
     def keep(self, error: NodeError) -> None:
         """Remember what a callback raised."""
         self.errors.append(error)
-        logger.debug("%s", error)
+        logger.debug("%s", json.dumps({"error": str(error), "kind": error.kind.__name__}))
 
     def raise_errors(self) -> None:
         """Raise the first error kept, with its node's name, and forget all; do nothing where there is none.
@@ -64,9 +71,7 @@ class Registration:
             return
         first = self.errors[0]
         self.errors.clear()
-        raised = type(first.error)
-        kind = raised if raised in (InputError, EnvironmentLacks) else PluginError
-        raise kind(str(first)) from first.error
+        raise first.kind(str(first)) from first.error
 
 
 def keep_errors(method: Method) -> Method:
@@ -76,7 +81,7 @@ def keep_errors(method: Method) -> Method:
     def run(self: Any, *arguments: Any) -> Any:
         try:
             return method(self, *arguments)
-        except Exception as error:
+        except BaseException as error:  # TensorRT drops an exit or an interrupt, too
             self.registration.keep(NodeError(self.node, self.spec.identifier, error))
             raise
 

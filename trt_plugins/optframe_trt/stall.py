@@ -13,14 +13,18 @@ from typing import Self
 STALL_SECONDS = 300.0
 """How long a build may do nothing at all. TensorRT keeps a thread busy, also while it waits for the GPU."""
 
+GRACE_SECONDS = 10.0
+"""How long a process may take to write where it was, before it is killed."""
+
 CHECKS = 20
 """How often it is looked at in that time."""
 
 
 class StallWatch:
-    """Ends `process` with SIGABRT once it has done nothing for so many seconds; `heard` says that it sent something.
+    """Ends `process` with SIGABRT, then SIGKILL, once it has done nothing for so many seconds.
 
-    Its work is the processor time of all its threads, which only Linux tells; elsewhere nothing is ended.
+    `heard` says that it sent something. Its work is the processor time of all its threads, which only Linux tells;
+    elsewhere nothing is ended.
     """
 
     def __init__(self, process: subprocess.Popen[str], seconds: float) -> None:
@@ -44,6 +48,8 @@ class StallWatch:
             elif time.monotonic() - since >= self._seconds:
                 self.stalled = True
                 self._process.send_signal(signal.SIGABRT)
+                if not self._end.wait(GRACE_SECONDS):
+                    self._process.kill()
                 return
 
     def _state(self) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from optframe import errors, typed_json
-from optframe.errors import InputError, OptframeError, describe
+from optframe.errors import EnvironmentLacks, InputError, OptframeError, describe
 from optframe_trt import registration
 from optframe_trt.builder import (
     BuildRequest,
@@ -66,7 +66,9 @@ def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult
             stdin.flush()
             for line in stdout:
                 watch.heard()
-                reply: dict[str, Any] = json.loads(line)
+                reply = _reply(line)
+                if reply is None:
+                    break
                 if "phase" in reply:
                     tell(reply["phase"], reply["fraction"])
                 else:
@@ -124,13 +126,35 @@ def _result(reply: Mapping[str, Any]) -> BuildResult:
     return typed_json.read(BuildResult, reply["result"])
 
 
-def _crash(status: int, log: Path) -> InputError:
+def _reply(line: str) -> dict[str, Any] | None:
+    """Return what a line says, None for one that a dying worker did not finish."""
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) else None
+
+
+def _kept(text: str) -> OptframeError | None:
+    """Return the first error that a plugin raised, by the log, None if none did."""
+    for line in text.splitlines():
+        reply = _reply(line.removeprefix(KEPT)) if line.startswith(KEPT) else None
+        if reply is not None:
+            kind: type[OptframeError] = getattr(errors, reply["kind"], OptframeError)
+            return kind(reply["error"])
+    return None
+
+
+def _crash(status: int, log: Path) -> OptframeError:
     """Return the error for a worker that died: what a plugin raised before that, if one did."""
-    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    lines = log.read_text(errors="replace").partition(FAULT)[0].strip().splitlines()
-    kept = next((line.removeprefix(KEPT) for line in lines if line.startswith(KEPT)), None)
+    text = log.read_text(errors="replace").partition(FAULT)[0]
+    kept = _kept(text)
     if kept is not None:
-        return InputError(kept)
+        return kept
+    if status == -signal.SIGKILL:
+        return EnvironmentLacks("the build was killed, as by a machine out of memory: free some, and try again")
+    how = f"signal {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+    lines = text.strip().splitlines()
     said = f" ({lines[-1].strip()[:200]})" if lines else ""
     return InputError(
         f"TensorRT crashed on this model with {how}{said}: keep the portable form, "
@@ -138,10 +162,21 @@ def _crash(status: int, log: Path) -> InputError:
     )
 
 
-def _stall(log: Path) -> InputError:
-    """Return the error for a worker that was ended, with where it was waiting."""
-    main_thread = log.read_text(errors="replace").rpartition("hread 0x")[2]  # the last one, innermost call first
-    where = re.search(r'^  File ".*?([^/]*)", line (\d+) in (\w+)', main_thread, re.MULTILINE)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
+
+
+def _stall(log: Path) -> OptframeError:
+    """Return the error for a worker that was ended: what a plugin raised, if one did, else where it was waiting."""
+    text = log.read_text(errors="replace")
+    kept = _kept(text)
+    if kept is not None:
+        return kept
+    main_thread = text.rpartition("hread 0x")[2]  # the last one, innermost call first
+    where = re.search(r'^  File "[^"\n]*?([^/"\n]*)", line (\d+) in ([^\n]+)', main_thread, re.MULTILINE)
     call = f" in {where[3]} ({where[1]}:{where[2]})" if where else ""
     return InputError(
         f"TensorRT did nothing for {STALL_SECONDS:g} s{call}, so the build was ended: start it again, and report it "

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from optframe import environment, files, graph
+from optframe import environment, files, graph, typed_json
 from optframe.backend import BuildOptions, Engine
 from optframe.backends.inputs import ModelInput, check_feeds
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
@@ -97,6 +97,7 @@ class SessionSettings:
     cuda_graph: bool = False
     nhwc: bool = False
 
+    FLAGS: ClassVar[Sequence[str]] = ("tf32", "cuda_graph", "nhwc")
     LEVELS: ClassVar[Mapping[str, str]] = {
         "all": "ORT_ENABLE_ALL",
         "extended": "ORT_ENABLE_EXTENDED",
@@ -115,7 +116,7 @@ class SessionSettings:
             if name not in {field.name for field in fields(cls)}:
                 raise unknown_name("option of backend onnxruntime", name, [field.name for field in fields(cls)])
         threads, optimization = options.get("threads", "0"), options.get("optimization", "all")
-        flags = {name: options.get(name, "false") for name in ("tf32", "cuda_graph", "nhwc")}
+        flags = {name: options.get(name, "false") for name in cls.FLAGS}
         if not (threads.isascii() and threads.isdigit() and len(threads) <= THREAD_DIGITS):
             raise InputError(f"backend onnxruntime: threads={threads} is no number of threads (0: one for each core)")
         for name, value in flags.items():
@@ -193,8 +194,11 @@ def _read_settings(engine: Path) -> SessionSettings:
     if not path.is_file():
         return SessionSettings()
     try:
-        return SessionSettings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        settings = typed_json.read(SessionSettings, json.loads(path.read_text(encoding="utf-8")))
+        flags = {name: str(getattr(settings, name)).lower() for name in SessionSettings.FLAGS}
+        texts = {"threads": str(settings.threads), "optimization": settings.optimization}
+        return SessionSettings.parse({**texts, **flags})
+    except (ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(f"{path} is damaged; build the engine again") from error
 
 

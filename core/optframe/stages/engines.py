@@ -104,20 +104,22 @@ class EngineStages:
             yield run, samples
 
     def _variants(self, model: Path, kind: Precision) -> Iterator[tuple[str, StageResult]]:
-        """Build every variant of `model` that the backend offers; one beside the usual that fails gives a warning."""
+        """Build every variant of `model` that the backend offers; one that fails gives a warning, if any is built."""
         options = self._options(kind)
         variants = self.backend.variants(model, options) if isinstance(self.backend, BuildsVariants) else {"": options}
+        failures: list[OptframeError] = []
         for variant, chosen in variants.items():
             label = f"{self.name} {kind} {variant}".strip()
             try:
                 built = self._build(model, label, chosen)
             except OptframeError as error:
-                if not variant:
-                    raise
+                failures.append(error)
                 self.context.warnings.append(f"{label}: cannot be built: {error}")
                 continue
             self.context.artefacts[f"engines/{label.replace(' ', '-')}"] = built.folder
             yield variant, built
+        if len(failures) == len(variants):
+            raise failures[0]
 
     def _common_facts(self, model: Path, kind: Precision) -> dict[str, Any]:
         """Return what all builds of one model have in common in their rows."""
