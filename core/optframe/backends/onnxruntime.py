@@ -424,7 +424,7 @@ class BoundRun:
     """A run on buffers that stay on the device; with a graph's id, on outputs at fixed addresses as well."""
 
     def __init__(self, session: Any, arrays: Mapping[str, Array], outputs: Sequence[str], device: str) -> None:
-        self._session, self._device = session, device
+        self._session = session
         self._options: Any = None
         self._binding = session.io_binding()
         self._inputs = {name: _to_ort(array, device) for name, array in arrays.items()}
