@@ -223,8 +223,8 @@ def assert_op_contract(
     """Check that an op means what `reference` computes, for every dtype that onnxruntime's CPU provider can run it in.
 
     That is: its ONNX function is made of standard ops, passes onnx's checker, runs and gives the reference's values;
-    its shape rule foretells shapes and dtypes of what onnxruntime returns; and the kernel that its launch rule chooses
-    is in its source.
+    its shape rule foretells shapes and dtypes of what onnxruntime returns; the kernel that its launch rule chooses is
+    in its source; and a reuse rule launches that one as the launch rule does.
 
     Args:
         draw: returns one call's inputs by parameter name, of random shapes, floats in any float dtype; an optional
@@ -344,12 +344,18 @@ class _Call:
     def _check_kernel(self, outputs: Sequence[TensorInfo]) -> None:
         if self.spec.kernel is None:
             return
+        inputs, reuse = list(self._infos().values()), self.spec.kernel.reuse_rule()
         try:
-            launch = self.spec.kernel.launch_rule()(list(self._infos().values()), outputs, self.attributes)
+            launch = self.spec.kernel.launch_rule()(inputs, outputs, self.attributes)
         except InputError:
             return  # a kernel may refuse shapes and types that the function takes
         found = re.search(rf"\b{re.escape(launch.entry)}\b", self.spec.kernel.read_source())
         assert found, f"{self}: the kernel's source has no entry '{launch.entry}'"
+        if reuse is not None:
+            again = reuse(inputs, outputs, self.attributes, launch.defines)
+            assert again == launch, (
+                f"{self}: the reuse rule launches its kernel as {again}, the launch rule as {launch}"
+            )
 
 
 def _info(array: Array) -> TensorInfo:

@@ -140,12 +140,32 @@ class LaunchRule(Protocol):
     ) -> KernelLaunch: ...
 
 
+class ReuseRule(Protocol):
+    """Launches a kernel that was made for other shapes, known by its `defines`; raises InputError for what it can't do.
+
+    The launch has these `defines`. Where the launch rule chooses them itself, both rules return the same launch.
+    """
+
+    def __call__(
+        self,
+        inputs: Sequence[TensorInfo | None],
+        outputs: Sequence[TensorInfo],
+        attributes: Mapping[str, object],
+        defines: tuple[tuple[str, str], ...],
+    ) -> KernelLaunch: ...
+
+
 @dataclass(frozen=True)
 class KernelSpec:
-    """The CUDA source of an op ("package:relative/path.cu") and the reference of its `LaunchRule`."""
+    """The CUDA source of an op ("package:relative/path.cu") and the reference of its `LaunchRule`.
+
+    `reuse` is the reference of its `ReuseRule`, if kernels take other shapes than they are made for: a TensorRT engine
+    has few kernels for all the shapes of a profile.
+    """
 
     source: str
     launch: str
+    reuse: str = ""
 
     def read_source(self) -> str:
         """Return the CUDA source text.
@@ -163,6 +183,13 @@ class KernelSpec:
     def launch_rule(self) -> LaunchRule:
         """Return the launch rule."""
         rule: LaunchRule = load_target(self.launch)
+        return rule
+
+    def reuse_rule(self) -> ReuseRule | None:
+        """Return the rule that launches kernels made for other shapes, None where there is none."""
+        if not self.reuse:
+            return None
+        rule: ReuseRule = load_target(self.reuse)
         return rule
 
 

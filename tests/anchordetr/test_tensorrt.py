@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -140,13 +141,25 @@ def test_the_full_size_is_built_for_several_gpus_at_once(
     assert_layernorm_inside(data, facts, 86)
 
 
-def test_dynamic_shapes_are_built_within_their_profile(
-    seeded_model: AnchorDETR, tmp_path: Path, registry: Registry
-) -> None:
+@pytest.fixture(scope="module")
+def dynamic(
+    seeded_model: AnchorDETR, tmp_path_factory: pytest.TempPathFactory, registry: Registry
+) -> dict[Precision, Path]:
+    """The real model for any batch, height and width, in every precision; ranges of one small image do for a build."""
     options = AnchorDETROptions(dynamic=True).export
-    exported = export(seeded_model, tmp_path / "exported.onnx", options)
-    model = optimized(exported, AnchorDETRAdapter.pipelines["tensorrt"], registry)
-    data, facts = build(model, tmp_path / "engine", registry, "fp32", profile=PROFILE)
+    exported = export(seeded_model, tmp_path_factory.mktemp("dynamic") / "exported.onnx", options)
+    samples = [{"images": np.random.default_rng(0).standard_normal((1, 3, 320, 512)).astype(np.float32)}]
+    return converted(optimized(exported, AnchorDETRAdapter.pipelines["tensorrt"], registry), samples, registry)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_dynamic_shapes_are_built_within_their_profile(
+    dynamic: dict[Precision, Path], tmp_path: Path, registry: Registry, precision: Precision
+) -> None:
+    """Attention in FP16 has a kernel for the optimal shapes, and one for all; INT8 leaves it in FP32."""
+    data, facts = build(dynamic[precision], tmp_path, registry, precision, profile=PROFILE)
     assert_layernorm_inside(data, facts, 89)
     (profile,) = facts["profiles"]
     assert profile["images"] == {"min": [1, 3, 320, 512], "opt": [1, 3, 800, 1066], "max": [4, 3, 1344, 1344]}
+    attention = Counter(kernel["node"] for kernel in facts["kernels"] if kernel["entry"] == "rcda")
+    assert set(attention.values()) == ({2} if precision == "fp16" else {1})

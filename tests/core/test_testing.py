@@ -202,7 +202,7 @@ SCALE = OpSpec(
     attributes={"factor": OpAttribute("float", 2.0)},
     function=f"{HERE}:function",
     shape_rule=f"{HERE}:shapes",
-    kernel=KernelSpec("optframe:testing.py", f"{HERE}:launch"),
+    kernel=KernelSpec("optframe:testing.py", f"{HERE}:launch", f"{HERE}:reuse"),
 )
 
 
@@ -236,11 +236,18 @@ def launch(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], a
     return KernelLaunch("host_with", (), (1, 1, 1), (1, 1, 1))
 
 
+def reuse(
+    inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Any, defines: Any
+) -> KernelLaunch:
+    return dataclasses.replace(launch(inputs, outputs, attributes), defines=defines)
+
+
 @pytest.fixture
 def targets(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The module that `SCALE` names, right in everything; a test breaks one thing of it."""
     module = types.ModuleType(HERE)
     vars(module).update(function=scale_function, shapes=lambda inputs, attributes: (inputs[0],), launch=launch)
+    vars(module).update(reuse=reuse)
     monkeypatch.setitem(__import__("sys").modules, HERE, module)
     return module
 
@@ -265,6 +272,7 @@ def foreign_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         ({"function": lambda opset, dtypes: scale_function(opset, dtypes, "Div")}, "Not equal to tolerance"),
         ({"function": foreign_function}, "a meaning is in standard ops"),
         ({"launch": lambda *_: KernelLaunch("no_such_entry", (), (1, 1, 1), (1, 1, 1))}, "no entry 'no_such_entry'"),
+        ({"reuse": lambda *_: KernelLaunch("host_with", (), (2, 1, 1), (1, 1, 1))}, "the reuse rule launches"),
     ],
 )
 def test_an_op_that_breaks_a_rule_is_caught(

@@ -101,7 +101,7 @@ from optframe import ops  # noqa: E402
 from optframe.errors import EnvironmentLacks, OptframeError  # noqa: E402
 from optframe.types import KernelLaunch, OpSpec, TensorInfo  # noqa: E402
 from optframe_anchordetr.ops import LAYER_NORM, RCDA, SKIP_LAYER_NORM  # noqa: E402
-from optframe_trt import aot, calls, creators, flavours, testing  # noqa: E402
+from optframe_trt import aot, calls, creators, flavours, kernels, testing  # noqa: E402
 from optframe_trt.meaning import onnx_type  # noqa: E402
 from optframe_trt.plugin_v3 import trt_type  # noqa: E402
 
@@ -211,8 +211,9 @@ def check_aot(flavour: flavours.Flavour, spec: OpSpec, inputs: Inputs, attribute
     network.infer()
     launch, arguments = network.configure()
     assert spec.kernel is not None
+    [[kernel]] = network.registration.kernels.values()
     for point in [*network.points, {"N": 3, "L": 41}]:
-        wanted = spec.kernel.launch_rule()(infos(spec, inputs, point), network.outputs(point), attributes)
+        wanted = kernels.reuse_launch(spec, (infos(spec, inputs, point), network.outputs(point)), attributes, kernel)
         names = ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_mem")
         found = [getattr(launch, name).expr.value(point) for name in names]
         assert found == [*wanted.grid, *wanted.block, wanted.shared_bytes]
@@ -233,6 +234,12 @@ def capped_launch(
 def capped_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
     function = LAYER_NORM.build_function(opset, dtypes)
     function.name = "Capped"
+    return function
+
+
+def exact_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
+    function = RCDA.build_function(opset, dtypes)
+    function.name = "Exact"
     return function
 
 
@@ -294,10 +301,14 @@ def main() -> int:
     capped = replace(LAYER_NORM, name="Capped", kernel=replace(LAYER_NORM.kernel, launch="capped:launch"))
     capped = replace(capped, function="capped:function")
     vars(sys.modules["capped"])["function"] = capped_function
+    vars(sys.modules["capped"])["exact_function"] = exact_function
     print(check_refusal(flavour, capped, {"x": (x, half)}, epsilon))
     keys = {"k_row": (("N", "L", 64), half), "k_col": (("N", 6, 64), half), "v": (("N", 6, "L", 64), half)}
     queries = dict.fromkeys(("q_row", "q_col"), (("N", 9, 64), half))
-    print(check_refusal(flavour, RCDA, {**queries, **keys}, {"num_heads": 2}))
+    assert RCDA.kernel is not None
+    exact = replace(RCDA, name="Exact", kernel=replace(RCDA.kernel, reuse=""), function="capped:exact_function")
+    print(check_refusal(flavour, exact, {**queries, **keys}, {"num_heads": 2}))
+    checked.append(check_aot(flavour, RCDA, {**queries, **keys}, {"num_heads": 2}))
     print(trt.__version__, np.__version__, in_python, *checked, sep=";")
     return 0
 

@@ -75,7 +75,7 @@ SCALE = OpSpec(
     attributes={"factors": OpAttribute("floats"), "times": OpAttribute("ints"), "label": OpAttribute("string", "none")},
     function=f"{MODULE}:scale_function",
     shape_rule=f"{MODULE}:scale_shapes",
-    kernel=InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", SCALE_SOURCE),
+    kernel=InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", text=SCALE_SOURCE),
 )
 SCALE_X: Shapes = {"x": (("N", 5), "float32")}
 SCALE_PROFILES: Sequence[Profile] = ({"x": ((1, 5), (20, 5), (40, 5))},)
@@ -157,6 +157,10 @@ NORM_PROFILES: list[Profile] = [
     {"x": ((8, 5, 256), (8, 5, 256), (8, 5, 256))},
 ]
 
+assert RCDA.kernel is not None
+EXACT = replace(RCDA, name="Exact", kernel=replace(RCDA.kernel, reuse=""), function=f"{MODULE}:exact_function")
+"""RCDA, whose kernels do no other shapes than those that they are made for."""
+
 
 class TestBuilding:
     def test_dynamic_rows_in_two_profiles_share_a_kernel(self, flavour: flavours.Flavour) -> None:
@@ -195,6 +199,15 @@ class TestBuilding:
             for (name, (low, *_)), (*_, high) in zip(sizes(6, 7).items(), sizes(6, 30).values(), strict=True)
         }
         engine, registration = build_call(flavour, RCDA, inputs, {"num_heads": 2}, [reaching])
+        registration.raise_errors()
+        [found] = registration.kernels.values()
+        assert engine is not None
+        assert [dict(kernel.defines)["RCDA_WIDTH_GROUPS"] for kernel in found] == ["1", "4"], "the best, one for all"
+
+        vars(sys.modules[MODULE])["exact_function"] = lambda opset, dtypes: renamed(
+            RCDA.build_function(opset, dtypes), "Exact"
+        )
+        engine, registration = build_call(flavour, EXACT, inputs, {"num_heads": 2}, [reaching])
         assert engine is None
         with pytest.raises(
             InputError, match=r"'the call' .*depends on the shape \(RCDA_WIDTH_GROUPS: 1, 4\).*one size"
@@ -223,7 +236,7 @@ class TestBuilding:
     def test_an_op_named_as_one_of_onnx(self, flavour: flavours.Flavour) -> None:
         """The parser takes a node for ONNX's op by name alone: without a name of its own this would be a sum."""
         spec = replace(SCALE, name="Sum", function=f"{MODULE}:sum_function")
-        vars(sys.modules[MODULE])["sum_function"] = lambda opset, dtypes: _renamed(scale_function(opset, dtypes), "Sum")
+        vars(sys.modules[MODULE])["sum_function"] = lambda opset, dtypes: renamed(scale_function(opset, dtypes), "Sum")
         engine, registration = build_call(flavour, spec, {"x": ((3, 5), "float32")}, SCALE_ATTRIBUTES)
         registration.raise_errors()
         assert engine is not None
@@ -231,7 +244,7 @@ class TestBuilding:
         assert registration.kernels
 
 
-def _renamed(function: ir.Function, name: str) -> ir.Function:
+def renamed(function: ir.Function, name: str) -> ir.Function:
     function.name = name
     return function
 
@@ -269,12 +282,12 @@ class TestErrors:
         assert isinstance(error.__cause__, IndexError)
 
     def test_a_kernel_that_does_not_compile(self, flavour: flavours.Flavour) -> None:
-        broken = InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", "this is no C++")
+        broken = InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", text="this is no C++")
         assert "scale.cu" in str(self.failure(flavour, replace(SCALE, kernel=broken)))
 
     def test_a_kernel_without_its_entry(self, flavour: flavours.Flavour) -> None:
         mangled = SCALE_SOURCE.replace('extern "C" ', "")
-        kernel = InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", mangled)
+        kernel = InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", text=mangled)
         assert "has no kernel 'scale'" in str(self.failure(flavour, replace(SCALE, kernel=kernel)))
 
     def test_no_target(self, flavour: flavours.Flavour) -> None:

@@ -150,23 +150,30 @@ class AotPlugin:
         for shapes, results in zip(points, expected, strict=True):
             known = {n: TensorInfo(shape, dtypes[n]) for n, shape in zip(self.present, shapes, strict=True)}
             check_shapes(self.spec, known, results, attributes)
-        concrete = kernels.choose_launch(self.spec, list(zip(spread, expected, strict=True)), attributes)
-        traced = self._trace(tensors, dtypes, attributes, points[1])
-        self._check(traced, points, spread, attributes)
-        kernel = kernels.compile_kernel(self.spec, concrete, self.registration.targets)
+        chosen = kernels.choose_for_profile(self.spec, list(zip(spread, expected, strict=True)), attributes)
+        kernel = kernels.compile_kernel(self.spec, chosen, self.registration.targets)
+        traced = self._trace(tensors, dtypes, attributes, points[1], kernel)
+        self._check(traced, points, spread, attributes, kernel)
         self.registration.note(self.node, [kernel])
         return (kernel.entry, kernel.ptx.text, *self._expressed(traced, tensors))
 
     def _trace(
-        self, tensors: Sequence[Any], dtypes: Mapping[str, str], attributes: Mapping[str, Value], optimal: Any
+        self,
+        tensors: Sequence[Any],
+        dtypes: Mapping[str, str],
+        attributes: Mapping[str, Value],
+        optimal: Any,
+        kernel: kernels.Kernel,
     ) -> KernelLaunch:
-        """Return the launch with dimensions that know where they come from."""
+        """Return the launch of the kernel with dimensions that know where they come from."""
         shapes = [[None if size == -1 else size for size in tensor.shape] for tensor in tensors]
-        return dims.trace(lambda known: self._launch(self._spread(known, dtypes), attributes), shapes, optimal)
+        return dims.trace(lambda known: self._launch(self._spread(known, dtypes), attributes, kernel), shapes, optimal)
 
-    def _launch(self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Value]) -> KernelLaunch:
-        outputs = self.spec.infer(inputs, attributes)
-        return kernels.kernel_of(self.spec).launch_rule()(inputs, outputs, attributes)
+    def _launch(
+        self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Value], kernel: kernels.Kernel
+    ) -> KernelLaunch:
+        call = inputs, self.spec.infer(inputs, attributes)
+        return kernels.reuse_launch(self.spec, call, attributes, kernel)
 
     def _check(
         self,
@@ -174,6 +181,7 @@ class AotPlugin:
         points: Sequence[Sequence[tuple[int, ...]]],
         spread: Sequence[Sequence[TensorInfo | None]],
         attributes: Mapping[str, Value],
+        kernel: kernels.Kernel,
     ) -> None:
         """Check that the traced launch is the rule's at every point.
 
@@ -181,7 +189,7 @@ class AotPlugin:
             PluginError: it is not, so that the launch cannot be written as expressions of dimensions.
         """
         for shapes, inputs in zip(points, spread, strict=True):
-            launch = self._launch(inputs, attributes)
+            launch = self._launch(inputs, attributes, kernel)
             wanted = (*launch.grid, *launch.block, launch.shared_bytes, *launch.extras)
             found = (*traced.grid, *traced.block, traced.shared_bytes, *traced.extras)
             if tuple(dims.evaluate(dim, shapes) for dim in found) != wanted:

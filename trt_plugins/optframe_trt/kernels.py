@@ -6,12 +6,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 from optframe.errors import InputError, PluginError
 from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
 from optframe_trt import driver, nvrtc, ptx_cache
 
 Defines = tuple[tuple[str, str], ...]
+
+
+class Kernel(Protocol):
+    """What tells one kernel of an op from the others: a launch has it, and a compiled kernel."""
+
+    @property
+    def entry(self) -> str: ...
+
+    @property
+    def defines(self) -> Defines: ...
 
 
 @dataclass(frozen=True)
@@ -56,31 +67,78 @@ def capability(target: str | int) -> int:
     return int(digits)
 
 
-def choose_launch(
-    spec: OpSpec,
-    calls: Sequence[tuple[Sequence[TensorInfo | None], Sequence[TensorInfo]]],
-    attributes: Mapping[str, object],
-) -> KernelLaunch:
-    """Return the last of the launches for `calls`, the (inputs, outputs) of a profile's shapes: one kernel does all.
+Call = tuple[Sequence[TensorInfo | None], Sequence[TensorInfo]]
+"""The inputs, None for an absent one, and the outputs of a call."""
+
+
+def choose_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object]) -> KernelLaunch:
+    """Return the launch of the kernel that is best for a call.
 
     Raises:
         PluginError: the op's shape rule and the outputs disagree.
-        InputError: the op's rules refuse a call, or choose different kernels.
+        InputError: the op's rules refuse the call.
     """
-    launches = []
-    for inputs, outputs in calls:
-        inferred = spec.infer(inputs, attributes)
-        if tuple(inferred) != tuple(outputs):
-            raise PluginError(f"its shape rule says {texts(inferred)} of {texts(inputs)}, not {texts(outputs)}")
-        launches.append(kernel_of(spec).launch_rule()(inputs, outputs, attributes))
-    found = differences([(launch.entry, launch.defines) for launch in launches])
-    if found:
-        reach = " to ".join(texts(inputs) for inputs, _ in (calls[0], calls[-1]))
-        raise InputError(
-            f"its kernel depends on the shape ({found}) and the profile has {reach}: "
-            "give the dynamic dimensions one size a profile, or leave this op out of --plugins"
-        )
-    return launches[-1]
+    inputs, outputs = call
+    inferred = spec.infer(inputs, attributes)
+    if tuple(inferred) != tuple(outputs):
+        raise PluginError(f"its shape rule says {texts(inferred)} of {texts(inputs)}, not {texts(outputs)}")
+    return kernel_of(spec).launch_rule()(inputs, outputs, attributes)
+
+
+def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], kernel: Kernel) -> KernelLaunch:
+    """Return the launch of `kernel`, which may have been made for other shapes, for a call.
+
+    Raises:
+        PluginError: the op's shape rule and the outputs disagree, or its reuse rule launches another kernel.
+        InputError: the kernel cannot do the call.
+    """
+    launch = choose_launch(spec, call, attributes)
+    if is_same(launch, kernel):
+        return launch
+    rule = kernel_of(spec).reuse_rule()
+    if rule is None:
+        raise InputError("its kernel is one for other shapes")
+    launch = rule(*call, attributes, kernel.defines)
+    if not is_same(launch, kernel):
+        found = differences([(each.entry, each.defines) for each in (kernel, launch)])
+        raise PluginError(f"its reuse rule launches another kernel than it was given ({found})")
+    return launch
+
+
+def is_same(first: Kernel, second: Kernel) -> bool:
+    """Say whether these are one kernel."""
+    return (first.entry, first.defines) == (second.entry, second.defines)
+
+
+def choose_for_profile(spec: OpSpec, calls: Sequence[Call], attributes: Mapping[str, object]) -> KernelLaunch:
+    """Return a launch of a kernel that does all `calls`, those at a profile's smallest, optimal and largest shapes.
+
+    It is the best for the optimal shapes if that one does all, else the best for the largest, or the smallest.
+
+    Raises:
+        PluginError: the op's shape rule and the outputs disagree.
+        InputError: the op's rules refuse a call, or no kernel does all.
+    """
+    smallest, optimal, largest = (choose_launch(spec, call, attributes) for call in calls)
+    for launch in (optimal, largest, smallest):
+        if all(try_launch(spec, call, attributes, launch) for call in calls):
+            return launch
+    found = differences([(launch.entry, launch.defines) for launch in (smallest, optimal, largest)])
+    reach = " to ".join(texts(inputs) for inputs, _ in (calls[0], calls[-1]))
+    raise InputError(
+        f"its kernel depends on the shape ({found}) and the profile has {reach}: "
+        "give the dynamic dimensions one size a profile, or leave this op out of --plugins"
+    )
+
+
+def try_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], kernel: Kernel) -> KernelLaunch | None:
+    """Return what `reuse_launch` does, None where the kernel cannot do the call."""
+    try:
+        return reuse_launch(spec, call, attributes, kernel)
+    except PluginError:
+        raise
+    except InputError:
+        return None
 
 
 def texts(infos: Sequence[TensorInfo | None]) -> str:

@@ -143,18 +143,23 @@ class PluginV3:
 
     @keep_errors
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Compile the kernel for a profile's shapes, once rules and network are known to agree on them."""
-        points = []
+        """Compile the kernels for a profile's shapes, once rules and network are known to agree on them.
+
+        They are the best for the optimal shapes, and one that does all; seldom are these two.
+        """
+        points: list[kernels.Call] = []
         for point in ("min", "opt", "max"):
             given, expected = ([self._info(d.desc, getattr(d, point)) for d in ds] for ds in (inputs, outputs))
             points.append((self._spread(given), expected))
         for infos, results in points:
             known = {p.name: info for p, info in zip(self.spec.inputs, infos, strict=True) if info is not None}
             check_shapes(self.spec, known, results, self.call.attributes)
-        launch = kernels.choose_launch(self.spec, points, self.call.attributes)
-        kernel = kernels.compile_kernel(self.spec, launch, self.registration.targets)
-        if kernel not in self.call.kernels:
-            self.call = replace(self.call, kernels=(*self.call.kernels, kernel))
+        _, optimal, _ = points
+        best = kernels.choose_launch(self.spec, optimal, self.call.attributes)
+        for launch in (best, kernels.choose_for_profile(self.spec, points, self.call.attributes)):
+            kernel = kernels.compile_kernel(self.spec, launch, self.registration.targets)
+            if kernel not in self.call.kernels:
+                self.call = replace(self.call, kernels=(*self.call.kernels, kernel))
         self.registration.note(self.node, self.call.kernels)
 
     @keep_errors
@@ -174,13 +179,15 @@ class PluginV3:
         """
         self.launch = None  # whatever fails below, the launch for other shapes must not run
         given, expected = ([self._info(desc, desc.dims) for desc in descs] for descs in (inputs, outputs))
-        launch = kernels.choose_launch(self.spec, [(self._spread(given), expected)], self.call.attributes)
-        for kernel in self.call.kernels:
-            if (kernel.entry, kernel.defines) == (launch.entry, launch.defines):
+        call = self._spread(given), expected
+        best = kernels.choose_launch(self.spec, call, self.call.attributes)
+        for kernel in sorted(self.call.kernels, key=lambda each: not kernels.is_same(each, best)):
+            launch = kernels.try_launch(self.spec, call, self.call.attributes, kernel)
+            if launch is not None:
                 self.launch = kernels.prepare(kernel, launch, len(given), len(expected))
                 return
         built = [(kernel.entry, kernel.defines) for kernel in self.call.kernels]
-        found = kernels.differences([(launch.entry, launch.defines), *built])
+        found = kernels.differences([(best.entry, best.defines), *built])
         raise InputError(
             f"the engine has no kernel for {kernels.texts(given)}: it was built for other shapes ({found})"
         )

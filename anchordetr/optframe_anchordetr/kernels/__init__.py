@@ -2,8 +2,8 @@
 
 A kernel's arguments are (pointers of the inputs that are present, int32 extras, pointers of the outputs). A launch is
 valid only for PTX compiled with the same defines. Layer normalisation's depend on dtypes, columns and epsilon, never on
-the number of rows; attention's also on height and width, and on whether the queries fill a large GPU. Dynamic shared
-memory stays within the 48 KB that every launcher gives.
+the number of rows; attention's also on height and width, and on whether the queries fill a large GPU, but one made for
+larger maps does smaller ones too. Dynamic shared memory stays within the 48 KB that every launcher gives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ LAYERNORM = KernelSpec(
 SKIP_LAYERNORM = KernelSpec(
     "optframe_anchordetr:kernels/layernorm.cu", "optframe_anchordetr.kernels.layernorm:skip_layernorm_launch"
 )
-RCDA = KernelSpec("optframe_anchordetr:kernels/rcda.cu", "optframe_anchordetr.kernels.rcda:rcda_launch")
+RCDA = KernelSpec(
+    "optframe_anchordetr:kernels/rcda.cu",
+    launch="optframe_anchordetr.kernels.rcda:rcda_launch",
+    reuse="optframe_anchordetr.kernels.rcda:rcda_reuse",
+)
 
 __all__ = ["LAYERNORM", "RCDA", "SKIP_LAYERNORM"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from optframe.types import KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels.checks import (
@@ -16,6 +17,8 @@ from optframe_anchordetr.kernels.checks import (
     require_float,
     require_same,
 )
+
+Defines = tuple[tuple[str, str], ...]
 
 SHARED_BYTES = 48 * 1024
 """What a block gets without a special request, which an ahead-of-time TensorRT plugin cannot make."""
@@ -59,24 +62,27 @@ def rcda_launch(
     Raises:
         InputError: shapes, dtypes or num_heads do not fit, or h + w is beyond the kernel.
     """
-    checked = pad(_OP, inputs, 5, 7)
-    require(len(outputs) == 1, f"{_OP} has one output")
-    sizes = _check(checked, outputs[0], attributes)
-    masks = (("RCDA_ROW_MASK", checked[5]), ("RCDA_COLUMN_MASK", checked[6]))
-    dtype = outputs[0].dtype
-    common = (
-        ("RCDA_TYPE", CUDA_TYPES[dtype]),
-        ("RCDA_HEADS", str(sizes.heads)),
-        ("RCDA_HEAD_SIZE", str(sizes.head_size)),
-        *((name, str(int(mask is not None))) for name, mask in masks),
-    )
-    if dtype != "float32" and sizes.head_size == 32:
-        plan = _plan(sizes)
-        if plan is not None:
-            path = (("RCDA_TENSOR_CORES", "1"), ("RCDA_BFLOAT16", str(int(dtype == "bfloat16"))))
-            defines = (*common, *path, *plan.defines())
-            return _launch(sizes, defines, plan.warps, plan.queries, plan.shared_bytes(sizes.height))
-    return _general_launch(sizes, common)
+    sizes, common = _checked(inputs, outputs, attributes)
+    path = _tensor_cores(sizes, outputs[0].dtype) or _general(sizes)
+    return path.launch(sizes, (*common, *path.defines()))
+
+
+def rcda_reuse(
+    inputs: Sequence[TensorInfo | None],
+    outputs: Sequence[TensorInfo],
+    attributes: Mapping[str, object],
+    defines: tuple[tuple[str, str], ...],
+) -> KernelLaunch:
+    """Return the launch, as `rcda_launch` does, of the kernel that has these `defines`: one for wider and higher maps.
+
+    Raises:
+        InputError: the call does not fit the op or this kernel.
+    """
+    sizes, common = _checked(inputs, outputs, attributes)
+    path = _path_of(dict(defines), outputs[0].dtype)
+    require((*common, *path.defines()) == defines, f"{_OP}: the kernel is one for other tensors or heads")
+    require(path.fits(sizes), f"{_OP}: {sizes.height} x {sizes.width} is too large for this kernel")
+    return path.launch(sizes, defines)
 
 
 def rcda_sizes(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> RCDASizes:
@@ -119,13 +125,17 @@ def _rows(name: str, info: TensorInfo, keys: TensorInfo, images: int) -> int:
     return rows // max(images, 1)
 
 
-def _check(inputs: Sequence[TensorInfo | None], output: TensorInfo, attributes: Mapping[str, object]) -> RCDASizes:
-    """Return the sizes of what the kernel can do."""
-    sizes = rcda_sizes(inputs, attributes)
-    q_row = inputs[0]
+def _checked(
+    inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, object]
+) -> tuple[RCDASizes, Defines]:
+    """Return the sizes of what the kernels can do, and the defines that all of them have for such tensors."""
+    given = pad(_OP, inputs, 5, 7)
+    require(len(outputs) == 1, f"{_OP} has one output")
+    sizes = rcda_sizes(given, attributes)
+    q_row = given[0]
     assert q_row is not None
     require_float(_OP, "q_row", q_row)
-    require_same(_OP, "the output", output, q_row)
+    require_same(_OP, "the output", outputs[0], q_row)
     require(
         sizes.height > 0 and sizes.width > 0, f"{_OP}: v needs a row and a column, not {sizes.height} x {sizes.width}"
     )
@@ -135,16 +145,42 @@ def _check(inputs: Sequence[TensorInfo | None], output: TensorInfo, attributes: 
     require(
         sizes.queries * channels <= INT32_MAX, f"{_OP}: {sizes.queries} queries of {channels} channels are too many"
     )
-    return sizes
+    defines = {
+        "RCDA_TYPE": CUDA_TYPES[q_row.dtype],
+        "RCDA_HEADS": sizes.heads,
+        "RCDA_HEAD_SIZE": sizes.head_size,
+        "RCDA_ROW_MASK": int(given[5] is not None),
+        "RCDA_COLUMN_MASK": int(given[6] is not None),
+    }
+    return sizes, _texts(defines)
+
+
+def _texts(defines: Mapping[str, object]) -> Defines:
+    return tuple((name, str(value)) for name, value in defines.items())
+
+
+class _Path(Protocol):
+    """One of the kernel's two ways to compute, with all that it is compiled for."""
+
+    def defines(self) -> Defines: ...
+
+    def fits(self, sizes: RCDASizes) -> bool:
+        """Say whether a kernel compiled so can do these sizes."""
+        ...
+
+    def launch(self, sizes: RCDASizes, defines: Defines) -> KernelLaunch:
+        """Return the launch of the kernel with all its `defines`."""
+        ...
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How the tensor core path divides the work: warps of `tiles` times 16 queries, `stages` rows of V at hand."""
+class _TensorCores:
+    """Warps of `tiles` times 16 queries, `stages` rows of V at hand, up to `groups` times 8 columns."""
 
     tiles: int
     stages: int
     groups: int
+    bfloat16: bool
     warps: int = 4
 
     @property
@@ -155,45 +191,87 @@ class _Plan:
         """Rows of V, column keys and column weights, those padded against bank conflicts."""
         return self.stages * self.groups * 8 * 64 + cdiv(height, 8) * 8 * (64 + (self.queries // 2 + 4) * 4)
 
-    def fits(self, height: int) -> bool:
-        return self.groups * self.tiles <= _MOST_GROUPS and self.shared_bytes(height) <= SHARED_BYTES
+    def fits(self, sizes: RCDASizes) -> bool:
+        registers = cdiv(sizes.width, 8) <= self.groups and self.groups * self.tiles <= _MOST_GROUPS
+        return registers and self.shared_bytes(sizes.height) <= SHARED_BYTES
 
-    def defines(self) -> tuple[tuple[str, str], ...]:
-        values = {
-            "RCDA_WARPS": self.warps,
-            "RCDA_TILES": self.tiles,
-            "RCDA_STAGES": self.stages,
-            "RCDA_WIDTH_GROUPS": self.groups,
-        }
-        return tuple((name, str(value)) for name, value in values.items())
+    def defines(self) -> Defines:
+        return _texts(
+            {
+                "RCDA_TENSOR_CORES": 1,
+                "RCDA_BFLOAT16": int(self.bfloat16),
+                "RCDA_WARPS": self.warps,
+                "RCDA_TILES": self.tiles,
+                "RCDA_STAGES": self.stages,
+                "RCDA_WIDTH_GROUPS": self.groups,
+            }
+        )
+
+    def launch(self, sizes: RCDASizes, defines: Defines) -> KernelLaunch:
+        return _launch(sizes, defines, self.warps, self.queries, self.shared_bytes(sizes.height))
 
 
-def _plan(sizes: RCDASizes) -> _Plan | None:
-    """Return the first plan that registers and shared memory hold, of those measured best on an H200; None if none."""
+@dataclass(frozen=True)
+class _General:
+    """Any dtype and head size: `warps` of `queries` each, whose weights lie in shared memory."""
+
+    warps: int
+    queries: int
+
+    def shared_bytes(self, sizes: RCDASizes) -> int:
+        return self.warps * self.queries * _query_bytes(sizes)
+
+    def fits(self, sizes: RCDASizes) -> bool:
+        return self.shared_bytes(sizes) <= SHARED_BYTES
+
+    def defines(self) -> Defines:
+        return _texts({"RCDA_TENSOR_CORES": 0, "RCDA_WARPS": self.warps, "RCDA_QUERIES": self.queries})
+
+    def launch(self, sizes: RCDASizes, defines: Defines) -> KernelLaunch:
+        return _launch(sizes, defines, self.warps, self.queries * self.warps, self.shared_bytes(sizes))
+
+
+def _query_bytes(sizes: RCDASizes) -> int:
+    """Return the bytes of a query's weights."""
+    return (sizes.height + sizes.width) * 4
+
+
+def _tensor_cores(sizes: RCDASizes, dtype: str) -> _TensorCores | None:
+    """Return the first path that registers and shared memory hold, of those measured best on an H200; None if none."""
+    if dtype == "float32" or sizes.head_size != 32:
+        return None
     large_blocks = cdiv(sizes.queries, 128) * sizes.heads * sizes.images
     for tiles in (2, 1) if large_blocks >= _ENOUGH_BLOCKS else (1,):
         for stages in (3, 2):
-            plan = _Plan(tiles, stages, cdiv(sizes.width, 8))
-            if plan.fits(sizes.height):
-                return plan
+            path = _TensorCores(tiles, stages, cdiv(sizes.width, 8), dtype == "bfloat16")
+            if path.fits(sizes):
+                return path
     return None
 
 
-def _general_launch(sizes: RCDASizes, common: tuple[tuple[str, str], ...]) -> KernelLaunch:
-    """Return the launch of the path for any dtype and head size; up to h + w = 192 one kernel does all shapes."""
-    query_bytes = (sizes.height + sizes.width) * 4  # a query's weights in shared memory
+def _general(sizes: RCDASizes) -> _General:
+    """Return the path with as many queries and warps as shared memory holds: one for all shapes up to h + w = 192."""
     most = SHARED_BYTES // 4 // _FEW_QUERIES
     require(sizes.height + sizes.width <= most, f"{_OP}: h + w is {sizes.height + sizes.width}, but {most} is the most")
-    queries = _MANY_QUERIES if _MANY_QUERIES * query_bytes <= SHARED_BYTES else _FEW_QUERIES
-    warps = min(4, SHARED_BYTES // (queries * query_bytes))
-    path = (("RCDA_TENSOR_CORES", "0"), ("RCDA_WARPS", str(warps)), ("RCDA_QUERIES", str(queries)))
-    return _launch(sizes, (*common, *path), warps, queries * warps, warps * queries * query_bytes)
+    queries = _MANY_QUERIES if _MANY_QUERIES * _query_bytes(sizes) <= SHARED_BYTES else _FEW_QUERIES
+    return _General(min(4, SHARED_BYTES // (queries * _query_bytes(sizes))), queries)
 
 
-def _launch(
-    sizes: RCDASizes, defines: tuple[tuple[str, str], ...], warps: int, queries: int, shared_bytes: int
-) -> KernelLaunch:
-    """Return the launch for blocks of `warps` that take `queries` each."""
+def _path_of(defines: Mapping[str, str], dtype: str) -> _Path:
+    """Return the path that a kernel with these defines takes."""
+
+    def number(name: str) -> int:
+        return int(defines.get(name, "0"))
+
+    if number("RCDA_TENSOR_CORES"):
+        names = ("RCDA_TILES", "RCDA_STAGES", "RCDA_WIDTH_GROUPS")
+        tiles, stages, groups = map(number, names)
+        return _TensorCores(tiles, stages, groups, dtype == "bfloat16", number("RCDA_WARPS"))
+    return _General(number("RCDA_WARPS"), number("RCDA_QUERIES"))
+
+
+def _launch(sizes: RCDASizes, defines: Defines, warps: int, queries: int, shared_bytes: int) -> KernelLaunch:
+    """Return the launch for blocks of `warps` that take `queries` together."""
     grid = (cdiv(sizes.queries, queries), sizes.heads, sizes.images)
     return KernelLaunch(
         "rcda", defines, grid, (warps * 32, 1, 1), shared_bytes, (sizes.queries, sizes.height, sizes.width)

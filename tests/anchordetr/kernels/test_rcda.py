@@ -95,6 +95,21 @@ def launch(size: Size, dtype: str, *masks: TensorInfo | None) -> KernelLaunch:
     return RCDA.launch_rule()(inputs, [TensorInfo(size.out, dtype)], {"num_heads": size.heads})  # type: ignore[arg-type]
 
 
+def reused(size: Size, dtype: str, kernel: KernelLaunch) -> KernelLaunch:
+    rule = RCDA.reuse_rule()
+    assert rule is not None
+    return rule(infos(size, dtype), [TensorInfo(size.out, dtype)], {"num_heads": size.heads}, kernel.defines)
+
+
+def warps(chosen: KernelLaunch) -> int:
+    return chosen.block[0] // 32
+
+
+def queries_of_warp(chosen: KernelLaunch) -> int:
+    given = defines(chosen)
+    return int(given.get("RCDA_QUERIES", 0)) or int(given["RCDA_TILES"]) * 16
+
+
 def defines(chosen: KernelLaunch) -> dict[str, str]:
     return dict(chosen.defines)
 
@@ -128,7 +143,7 @@ class TestLaunchRule:
         launches = [launch(size, "float32") for size in sizes]
         assert len({chosen.defines for chosen in launches}) == 1
         for size, chosen in zip(sizes, launches, strict=True):
-            queries = chosen.block[0] // 32 * int(defines(chosen)["RCDA_QUERIES"])
+            queries = warps(chosen) * queries_of_warp(chosen)
             assert chosen.grid == (-(-size.queries // queries), size.heads, size.images)
 
     @pytest.mark.parametrize(("height", "width", "queries"), [(300, 400, "16"), (700, 500, "8")])
@@ -138,6 +153,41 @@ class TestLaunchRule:
         assert chosen.block[0] >= 32
         assert chosen.shared_bytes <= SHARED_BYTES
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_kernel_of_the_largest_map_does_all(self, dtype: str) -> None:
+        largest = Size(4, 7056, 84, 84, heads=8)
+        kernel = launch(largest, dtype)
+        for size in (largest, Size(1, 3350, 50, 67, heads=8), Size(1, 900, 20, 32, heads=8), Size(2, 1, 1, 1, heads=8)):
+            chosen = reused(size, dtype, kernel)
+            assert chosen.defines == kernel.defines
+            assert (chosen.block, chosen.extras) == (kernel.block, (size.queries, size.height, size.width))
+            assert chosen.grid[0] * warps(chosen) * queries_of_warp(chosen) >= size.queries
+            assert chosen.shared_bytes <= kernel.shared_bytes
+        assert reused(largest, dtype, kernel) == kernel
+
+    @pytest.mark.parametrize(
+        ("dtype", "made", "asked", "message"),
+        [
+            ("float16", (50, 67), (50, 73), "50 x 73 is too large"),
+            ("float16", (50, 67), (300, 67), "300 x 67 is too large"),
+            ("float32", (50, 67), (150, 67), "150 x 67 is too large"),
+        ],
+    )
+    def test_a_kernel_does_no_larger_maps(
+        self, dtype: str, made: tuple[int, int], asked: tuple[int, int], message: str
+    ) -> None:
+        kernel = launch(Size(1, 900, *made, heads=8), dtype)
+        with pytest.raises(InputError, match=message):
+            reused(Size(1, 900, *asked, heads=8), dtype, kernel)
+
+    def test_a_kernel_does_no_other_tensors(self) -> None:
+        kernel = launch(Size(1, 900, 50, 67, heads=8), "float16")
+        for size, dtype in ((Size(1, 900, 50, 67, heads=8), "bfloat16"), (Size(1, 900, 50, 67, heads=4), "float16")):
+            with pytest.raises(InputError, match="one for other tensors or heads"):
+                reused(size, dtype, kernel)
+        with pytest.raises(InputError, match="one for other tensors or heads"):
+            reused(Size(1, 900, 50, 67, heads=8), "float16", KernelLaunch("rcda", (), (1, 1, 1), (1, 1, 1)))
+
     def test_few_queries_get_small_blocks(self) -> None:
         few, many = (launch(Size(1, queries, 50, 67, heads=8), "float16") for queries in (900, 3350))
         assert (defines(few)["RCDA_TILES"], defines(many)["RCDA_TILES"]) == ("1", "2")
@@ -146,7 +196,7 @@ class TestLaunchRule:
     @pytest.mark.parametrize("size", [Size(3, 1000, 50, 67, heads=8), Size(1, 5, 3, 4), Size(1, 900, 84, 84, heads=8)])
     def test_blocks_cover_the_queries(self, size: Size) -> None:
         chosen = launch(size, "float16")
-        queries = chosen.block[0] // 32 * int(defines(chosen)["RCDA_TILES"]) * 16
+        queries = warps(chosen) * queries_of_warp(chosen)
         assert chosen.grid == (-(-size.queries // queries), size.heads, size.images)
 
     @pytest.mark.parametrize("size", [Size(1, 0, 5, 5), Size(0, 4, 5, 5)])
