@@ -85,14 +85,19 @@ def rcda(
     return [np.einsum("nhly,nhlx,nyxhd->nlhd", column, row, values).reshape(q_row.shape)]
 
 
+def condition(x: Array, epsilon: float) -> float:
+    """How much larger, at most, an error of x's values relative to them is relative to their deviation in a row."""
+    rows = x.reshape(-1, x.shape[-1])
+    spread = np.sqrt(rows.var(-1) + epsilon)
+    return float(np.max(np.abs(rows).max(-1, initial=0) / spread, initial=1.0, where=np.isfinite(spread)))
+
+
 def norm_tolerance(dtype: str) -> Callable[..., float]:
     """Relative to a row's values, mean and deviations are exact to a few float32 roundings; then y rounds once."""
 
     def tolerance(x: Array, *others: Array | None, epsilon: float) -> float:
-        rows = x.astype(np.float64).reshape(-1, x.shape[-1])
-        rows = rows + (others[0].astype(np.float64).reshape(rows.shape) if len(others) > 2 else 0)
-        spread = np.sqrt(rows.var(-1) + epsilon)
-        stretch = np.max(np.abs(rows).max(-1, initial=0) / spread, initial=1.0, where=np.isfinite(spread))
+        rows = x.astype(np.float64) + (others[0].astype(np.float64) if len(others) > 2 else 0)  # type: ignore[union-attr]
+        stretch = condition(rows, epsilon)
         # A sum that rounds to 16 bits before it is normalised is off by that rounding.
         first = UNIT_ROUNDOFF[dtype] if len(others) > 2 else 2.0**-24 * 16
         return float((first * stretch + UNIT_ROUNDOFF[dtype]) * 16)  # |y| stays under 16 for up to 256 columns
@@ -200,12 +205,21 @@ def test_contract(spec: OpSpec, seed: int) -> None:
     """What `optframe.testing` asks of any op, over all opsets that the functions have different bodies for."""
     rng = np.random.default_rng(seed)
     case = SAMPLERS[spec.identifier](int(rng.integers(1 << 30)), MIXES[0])
-    heads = case.attributes.get("num_heads")
+    heads, epsilon = (case.attributes.get(name) for name in ("num_heads", "epsilon"))
+
+    def suits(drawn: Case) -> bool:
+        """The contract's tolerance knows nothing of the row of two columns that are almost equal, once in a while."""
+        x, skip, *_ = drawn.inputs
+        assert x is not None
+        if heads is not None:
+            return x.shape[-1] % heads == 0
+        rows = x.astype(np.float64) + (skip if spec.identifier.endswith("SkipLayerNorm") else 0)  # type: ignore[operator]
+        return condition(rows, epsilon) < 8  # type: ignore[arg-type]
 
     def draw(rng: np.random.Generator) -> Mapping[str, Array]:
         while True:
             drawn = SAMPLERS[spec.identifier](int(rng.integers(1 << 30)), MIXES[0])
-            if heads is None or drawn.inputs[0].shape[-1] % heads == 0:  # type: ignore[union-attr]
+            if suits(drawn):
                 pairs = zip(spec.inputs, drawn.inputs, strict=False)
                 return {parameter.name: array for parameter, array in pairs if array is not None}
 
