@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -39,23 +39,82 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_rows, "_SHRINKS", 2)
 
 
-def test_attention(check: Check) -> None:
+def body_of(scan: ir.Node) -> ir.Graph:
+    return scan.attributes["body"].as_graph()
+
+
+def shapes(values: Iterable[ir.Value]) -> list[list[int]]:
+    return [[int(str(dim)) for dim in value.shape or ()] for value in values]
+
+
+def test_attention_one_matrix_at_a_time(check: Check) -> None:
     outcome = check(TileRows(), ATTENTION.format(rows=12))
-    assert outcome.ops == {"Reshape": 2, "Scan": 1, "MatMul": 2, "Softmax": 1}
-    body = outcome.node("Scan").attributes["body"].as_graph()
-    assert [node.op_type for node in body] == ["MatMul", "Softmax", "MatMul"]
-    assert list(body.inputs[0].shape or ()) == [2, 3, 1, 8], "2 x 3 x 20 numbers a row: 480 bytes"
-    assert len(body.inputs) == 1, "keys and values are read whole"
+    assert outcome.ops == {"Reshape": 4, "Scan": 2, "MatMul": 2, "Softmax": 1}
+    [matrices] = [node for node in outcome.model.graph if node.op_type == "Scan"]
+    body = body_of(matrices)
+    assert shapes(body.inputs) == [[2, 1, 1, 6, 8], [1, 1, 8, 20], [1, 1, 20, 4]], (
+        "queries are cut, keys and values not"
+    )
+    assert shapes(matrices.inputs) == [[6, *shape] for shape in shapes(body.inputs)]
+    assert shapes(matrices.outputs) == [[6, 2, 1, 1, 6, 4]]
+    [tiles] = body
+    assert list(tiles.inputs) == [body.inputs[0]]
+    inner = body_of(tiles)
+    assert [node.op_type for node in inner] == ["MatMul", "Softmax", "MatMul"]
+    assert shapes(inner.inputs) == [[1, 1, 6, 8]], "12 rows of 20 numbers are 960 bytes"
+
+
+def test_small_matrices_are_not_cut(check: Check) -> None:
+    outcome = check(TileRows(), ATTENTION.format(rows=8))
+    assert outcome.ops == {"Reshape": 4, "Scan": 1, "MatMul": 2, "Softmax": 1}
+    assert shapes(body_of(outcome.node("Scan")).inputs) == [[1, 1, 8, 8], [1, 1, 8, 20], [1, 1, 20, 4]]
 
 
 def test_sums_over_rows_then_columns(check: Check) -> None:
     outcome = check(TileRows(), ROWS_THEN_COLUMNS.format(rows=15))
+    [matrices] = [node for node in outcome.model.graph if node.op_type == "Scan"]
+    [tiles] = body_of(matrices)
+    inner = body_of(tiles)
+    assert [node.op_type for node in inner] == ["MatMul", "Reshape", "MatMul"]
+    assert shapes(inner.inputs) == [[1, 1, 5, 5], [1, 1, 5, 1, 6]]
+    assert list(tiles.attributes["scan_input_axes"].as_ints()) == [0, 0]
+    assert shapes(matrices.outputs) == [[2, 3, 1, 1, 5, 1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("text", "tile"),
+    [
+        (  # two images share their keys
+            "g (float[2,3,12,8] q, float[1,3,8,20] k, float[2,3,20,4] v) => (float[A,B,C,D] y)"
+            "{ s = MatMul (q, k) y = MatMul (s, v) }",
+            [2, 3, 6, 8],
+        ),
+        (  # what is divided by is a sum over the matrices
+            "g (float[3,12,8] q, float[3,8,20] k, float[20,4] v) => (float[A,B,C] y)"
+            "{ s = MatMul (q, k) t = Softmax <axis = 0> (s) y = MatMul (t, v) }",
+            [3, 6, 8],
+        ),
+    ],
+)
+def test_matrices_that_belong_together_stay_so(text: str, tile: list[int], check: Check) -> None:
+    outcome = check(TileRows(), text)
+    assert outcome.ops["Scan"] == 1
     scan = outcome.node("Scan")
-    body = scan.attributes["body"].as_graph()
-    assert [node.op_type for node in body] == ["MatMul", "Reshape", "MatMul"]
-    assert [list(value.shape or ()) for value in body.inputs] == [[1, 2, 3, 5], [1, 2, 3, 1, 6]]
-    assert list(scan.attributes["scan_input_axes"].as_ints()) == [2, 2]
-    assert list(scan.outputs[0].shape or ()) == [1, 2, 5, 3, 1, 4]
+    assert shapes(body_of(scan).inputs) == [tile]
+    assert list(scan.attributes["scan_input_axes"].as_ints()) == [len(tile) - 2]
+
+
+def test_operands_without_the_axis_of_matrices_are_read_from_outside(check: Check) -> None:
+    text = """
+        g (float[3,14,8] a, float[3,8,20] k, float[20,2] v, float[14,1] column, float[3,1,20] row) => (float[A,B,C] y)
+        { t = MatMul (a, k) s = Add (t, column) r = Add (s, row) y = MatMul (r, v) }
+    """
+    outcome = check(TileRows(), text)
+    [matrices] = [node for node in outcome.model.graph if node.op_type == "Scan"]
+    assert shapes(matrices.inputs) == [[3, 2, 1, 7, 8], [3, 1, 8, 20], [3, 1, 1, 20]], "a, k and row"
+    [tiles] = body_of(matrices)
+    assert shapes(body_of(tiles).inputs) == [[1, 7, 8], [7, 1]], "a and column"
+    assert not any(value is matrices.inputs[0] for value in tiles.inputs)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +135,9 @@ def test_what_may_stand_between(between: str, check: Check) -> None:
     taken = "Softmax" not in between  # along the rows it needs all of them
     assert outcome.result.modified is taken
     if taken and "mask" in between:
-        assert [value.name for value in outcome.node("Scan").inputs[1:]] == ["y/Reshape_1"]
-        assert len(outcome.node("Scan").inputs) == 2, "a and mask have the rows"
+        [matrices] = [node for node in outcome.model.graph if node.op_type == "Scan"]
+        [tiles] = body_of(matrices)
+        assert len(tiles.inputs) == 2, "a and mask have the rows"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +158,36 @@ def test_other_chains_stay(text: str, why: str, check: Check) -> None:
         <int64[1] axes = {{2}}> {text.replace("(w, r)", "(v2, r)")}
     """.replace("float[2,14] w)", "float[2,14] w, float[2,20] v2)")
     assert not check(TileRows(), graph).result.modified, why
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_chains_at_random(number: int, check: Check, rng: np.random.Generator) -> None:
+    """Any lead, operands with some of its axes, and chains of one to four nodes between the products."""
+    lead = [int(rng.integers(1, 4)) for _ in range(rng.integers(0, 3))]
+    rows = int(rng.choice([6, 8, 12, 15]))
+    inputs = [f"float{[*lead, rows, 5]} a", f"float{[*some(rng, lead), 5, 24]} b"]
+    nodes = ["v0 = MatMul (a, b)"]
+    for step in range(rng.integers(1, 5)):
+        kind = rng.choice(["Softmax", "Tanh", "Add", "Mul"])
+        operand = [*some(rng, lead), rng.choice([1, rows]), rng.choice([1, 24])]
+        operand = operand[rng.integers(0, len(operand)) :]
+        if kind in ("Add", "Mul"):
+            inputs.append(f"float{[int(dim) for dim in operand]} c{step}")
+            nodes.append(f"v{step + 1} = {kind} (v{step}, c{step})")
+        else:
+            nodes.append(f"v{step + 1} = {kind} (v{step})")
+    inputs.append(f"float{[*some(rng, lead), 24, 2]} d")
+    nodes.append(f"y = MatMul (v{len(nodes) - 1}, d)")
+    names = ",".join("ABCD"[: len(lead) + 2])
+    outcome = check(TileRows(), f"g ({', '.join(inputs)}) => (float[{names}] y) {{ {' '.join(nodes)} }}")
+    large = int(np.prod([*lead, rows, 24])) * 4 > 1000
+    assert outcome.result.modified is large, f"{rows} rows of 24 columns, {lead}"
+
+
+def some(rng: np.random.Generator, lead: list[int]) -> list[int]:
+    """The axes of `lead`, or 1 in place of some, or of all, or without the first ones."""
+    kept = [dim if rng.random() < 0.7 else 1 for dim in lead]
+    return kept[rng.integers(0, len(kept) + 1) :] if rng.random() < 0.3 else kept
 
 
 def test_free_sizes_and_small_products_stay(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
