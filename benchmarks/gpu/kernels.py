@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def _random(sets: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> l
     return [torch.randn(shape, device="cuda", dtype=dtype) * scale for _ in range(sets)]
 
 
-def _require_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def require_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """A figure of a kernel that computes something else is worth nothing."""
     error = (actual.double() - expected).norm() / expected.norm()
     if not error <= tolerance:
@@ -83,10 +83,28 @@ def _torch_layernorm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], scale, bias, EPSILON)
 
 
+def layernorm_peers(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], scale: Tensor, bias: Tensor
+) -> dict[str, Callable[[int], Any]]:
+    """Return copies of x, and layer normalisation by PyTorch, torch.compile and Triton, of buffer set i."""
+    import triton_layernorm
+
+    copies = {words: _copy(words, xs[0], ys[0]) for words in (1, 4)}
+    torch.compiler.reset()
+    compiled = torch.compile(_torch_layernorm, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return {
+        "copy_1": lambda i: copies[1]([xs[i]], [ys[i]]),
+        "copy_4": lambda i: copies[4]([xs[i]], [ys[i]]),
+        "copy_torch": lambda i: ys[i].copy_(xs[i]),
+        "torch_us": lambda i: _torch_layernorm(xs[i], scale, bias),
+        "compile_us": lambda i: compiled(xs[i], scale, bias),
+        "triton_us": lambda i: triton_layernorm.layernorm(xs[i], scale, bias, ys[i], EPSILON),
+    }
+
+
 def layernorm_row(rows: int, columns: int, dtype: torch.dtype, *, cold: bool) -> dict[str, Any]:
     """Time layer normalisation of (rows, columns) and its peers."""
     import timing
-    import triton_layernorm
 
     sets = timing.buffer_sets(2 * rows * columns * dtype.itemsize, cold=cold)
     xs = _random(sets, rows, columns, dtype=dtype)
@@ -95,23 +113,10 @@ def layernorm_row(rows: int, columns: int, dtype: torch.dtype, *, cold: bool) ->
     ours = Prepared.of_op(LAYERNORM, [xs[0], scale, bias], [ys[0]], epsilon=EPSILON)
     ours([xs[0], scale, bias], [ys[0]])
     expected = _torch_layernorm(xs[0].double(), scale.double(), bias.double())
-    _require_close(ys[0], expected, 1e-6 if dtype == torch.float32 else 1e-3)
+    require_close(ys[0], expected, 1e-6 if dtype == torch.float32 else 1e-3)
     del expected
-    copies = {words: _copy(words, xs[0], ys[0]) for words in (1, 4)}
-    torch.compiler.reset()
-    compiled = torch.compile(_torch_layernorm, dynamic=False, mode="max-autotune-no-cudagraphs")
-    times = timing.median_us(
-        {
-            "us": lambda i: ours([xs[i], scale, bias], [ys[i]]),
-            "copy_1": lambda i: copies[1]([xs[i]], [ys[i]]),
-            "copy_4": lambda i: copies[4]([xs[i]], [ys[i]]),
-            "copy_torch": lambda i: ys[i].copy_(xs[i]),
-            "torch_us": lambda i: _torch_layernorm(xs[i], scale, bias),
-            "compile_us": lambda i: compiled(xs[i], scale, bias),
-            "triton_us": lambda i: triton_layernorm.layernorm(xs[i], scale, bias, ys[i], EPSILON),
-        },
-        sets,
-    )
+    peers = layernorm_peers(xs, ys, scale, bias)
+    times = timing.median_us({"us": lambda i: ours([xs[i], scale, bias], [ys[i]]), **peers}, sets)
     times["copy_us"] = min(times[name] for name in ("copy_1", "copy_4", "copy_torch"))
     fields = ("us", "copy_us", "torch_us", "compile_us", "triton_us")
     return {
@@ -182,7 +187,7 @@ def rcda_row(queries: int, height: int, width: int, dtype: torch.dtype) -> dict[
     ours = Prepared.of_op(RCDA, given[0], [outs[0]], num_heads=HEADS)
     ours(given[0], [outs[0]])
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    _require_close(outs[0], rcda_reference(*(t.double() for t in given[0])), tolerance)
+    require_close(outs[0], rcda_reference(*(t.double() for t in given[0])), tolerance)
     calls: dict[str, Any] = {
         "us": lambda i: ours(given[i], [outs[i]]),
         "reference_us": lambda i: rcda_reference(*given[i]),

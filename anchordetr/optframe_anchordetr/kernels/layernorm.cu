@@ -204,7 +204,7 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
 #else
 
 constexpr int kSteps = (kColumns + kStride - 1) / kStride;
-constexpr bool kEarly = kLanes <= 32;  // whether parameters are loaded with the row: there they cost few registers
+constexpr bool kEarly = LN_EARLY;  // whether parameters are loaded with the row, which costs registers
 
 // Takes `shift` from the lane's values and returns the moments of what is left.
 template <int Call>

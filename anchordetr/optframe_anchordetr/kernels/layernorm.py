@@ -104,6 +104,7 @@ def _geometry(columns: int, item_bytes: int) -> dict[str, int]:
         "LN_LANES": lanes,
         "LN_GROUPS": max(_BLOCK // lanes, 1),
         "LN_LONG": int(columns > LONGEST_IN_REGISTERS),
+        "LN_EARLY": int(lanes <= 32),  # a warp or less a row has few parameters a thread
     }
 
 
