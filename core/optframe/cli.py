@@ -19,14 +19,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from optframe import __version__
+from optframe import __version__, interrupts
 from optframe.commands import BUILTIN_COMMANDS
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError, describe, unknown_name
 from optframe.session import Session
 from optframe.types import CommandSpec, load_target
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells expect it: 128 + SIGINT."""
+"""What typer returns for a KeyboardInterrupt; `optframe.interrupts` knows the status that it means."""
 
 _OWN = {spec.name: spec for spec in BUILTIN_COMMANDS}
 
@@ -115,14 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     # What numpy multiplies here is small: on shared cores its threads wait for each other longer than they work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
-        status = typer.main.get_command(app).main(given, prog_name="optframe", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
-    except Exception as error:
-        status = _show(error, debug="--debug" in given)
+    with interrupts.raised() as heard:
+        try:
+            status = typer.main.get_command(app).main(given, prog_name="optframe", standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            status = INTERRUPTED
+        except Exception as error:
+            status = _show(error, debug="--debug" in given)
     if status == INTERRUPTED:
-        typer.echo("interrupted", err=True)
+        status = heard.status
+        typer.echo(heard.message, err=True)
     return int(status)
 
 

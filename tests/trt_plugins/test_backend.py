@@ -361,47 +361,29 @@ def test_an_option_that_no_backend_takes_is_refused(tmp_path: Path) -> None:
         optframe.run(model, request=request)
 
 
-CANCELLED = """
-import sys
-from pathlib import Path
-from optframe import graph, progress
-from optframe.backend import BuildOptions
-from optframe_trt.backend import TensorRTRTXBackend
-
-with progress.listening(lambda what, fraction: print(what, flush=True)):
-    TensorRTRTXBackend().build(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions("fp32"))
-"""
+def _workers(caller: int) -> list[Path]:
+    """Return the processes of the worker that `caller` has, as folders of /proc, once they have loaded TensorRT."""
+    children = [Path("/proc", pid) for pid in Path(f"/proc/{caller}/task/{caller}/children").read_text().split()]
+    return [child for child in children if "libtensorrt" in (child / "maps").read_text()]
 
 
 @needs_rtx
-def test_ctrl_c_ends_the_build_and_its_process(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="child processes are found through Linux's /proc")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_build_and_its_process(tmp_path: Path, number: signal.Signals, status: int) -> None:
     model = graph.save(small_model(), tmp_path / "model.onnx")
-    process = subprocess.Popen(
-        [sys.executable, "-c", CANCELLED, str(model), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()  # the build has begun
-    process.send_signal(signal.SIGINT)
+    command = f"optframe build {model} --backend tensorrt-rtx --compute-capability sm89 -o {tmp_path / 'engines'}"
+    process = subprocess.Popen([sys.executable, "-m", *command.split()], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (workers := _workers(process.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
-    assert not (tmp_path / "model.engine.json").exists()
-    assert _no_worker_left()
-
-
-def _no_worker_left() -> bool:
-    """Whether no worker of this user's is a child of nobody; it ends within moments after its caller."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        listed = subprocess.run(["ps", "-eo", "ppid=,args="], capture_output=True, text=True, check=True).stdout
-        orphans = [line for line in listed.splitlines() if "optframe_trt.worker" in line and line.split()[0] == "1"]
-        if not orphans:
-            return True
-        time.sleep(0.2)
-    return False
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "engines").exists()
+    assert not [worker for worker in workers if worker.exists()]
 
 
 @pytest.mark.gpu_tensorrt
