@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper
 from optframe import environment
 from optframe.backend import BuildOptions, Engine
 from optframe.backends import onnxruntime as backend_module
+from optframe.backends import settings
 from optframe.backends.onnxruntime import CudaGraphRunner, CudaRunner, OnnxRuntimeBackend, SessionSettings
 from optframe.errors import EnvironmentLacks, InputError
 from optframe.latency import measure
@@ -91,9 +93,12 @@ def test_settings_travel_with_the_engine(
     monkeypatch.setattr(backend_module, "create_session", lambda *args: seen.append(args[2]) or create(*args))
     backend.open(engine)
     assert seen == [SessionSettings(threads=1, optimization="basic")]
-    engine.path.with_name("model.onnx.json").write_text('{"thread": 1}')
-    with pytest.raises(InputError, match="is damaged; build the engine again"):
-        backend.open(engine)
+    beside = engine.path.with_name("model.onnx.json")
+    written = json.loads(beside.read_text())
+    for damage in ({"threads": "1"}, {"threads": -1}, {"optimization": "extnded"}, {"nhwc": 0}):
+        beside.write_text(json.dumps({**written, **damage}))
+        with pytest.raises(InputError, match="is damaged; build the engine again"):
+            backend.open(engine)
 
 
 def test_sessions_use_the_cores_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +115,12 @@ def test_sessions_use_the_cores_this_process_may_use(tmp_path: Path, monkeypatch
     ("options", "message"),
     [
         ({"thread": "2"}, "unknown option of backend onnxruntime 'thread': did you mean 'threads'"),
-        ({"threads": "many"}, "threads=many is no number of threads"),
-        ({"threads": "9" * 20}, "is no number of threads"),
-        ({"tf32": "yes"}, "tf32=yes is neither true nor false"),
-        ({"optimization": "extnded"}, "did you mean 'extended'"),
+        ({"threads": "many"}, "backend onnxruntime: threads wants an integer, not 'many'"),
+        ({"threads": "-1"}, "threads is 0 to 9999"),
+        ({"threads": "9" * 20}, "threads is 0 to 9999"),
+        ({"tf32": "yes"}, "tf32 wants true or false, not 'yes'"),
+        ({"optimization": "extnded"}, "optimization wants one of all, extended, basic, disable, not 'extnded'"),
+        ({"LEVELS": "all"}, "unknown option of backend onnxruntime 'LEVELS'"),
     ],
 )
 def test_options_are_refused_by_name(
@@ -130,6 +137,27 @@ def test_options_and_device_are_checked_before_there_is_a_model(backend: OnnxRun
         backend.check(BuildOptions(options={"thread": "2"}))
     with pytest.raises(InputError, match="did you mean 'cpu'"):
         backend.check(BuildOptions(device="gpu"))
+
+
+@pytest.mark.parametrize("option", ["cuda_graph", "nhwc"])
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_what_cuda_alone_can_do_is_refused_on_the_cpu(
+    option: str, device: str, tmp_path: Path, backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    monkeypatch.setattr(backend_module, "create_session", lambda *arguments: pytest.fail("a session was made"))
+    options = BuildOptions(device=device, options={option: "true"})
+    engine = Engine(write(tmp_path, ADD), "onnxruntime", "fp32", device)
+    settings.save_settings(SessionSettings(**{option: True}), engine.path)  # as one that was built on a GPU
+    for refused in (
+        lambda: backend.check(options),
+        lambda: backend.build(engine.path, tmp_path / "engine", options),
+        lambda: backend.open(engine),
+    ):
+        with pytest.raises(InputError, match=f"{option}=true needs the CUDA provider, and the device is the CPU"):
+            refused()
+    assert not (tmp_path / "engine").exists()
+    backend.check(BuildOptions(device=device, options={option: "false", "tf32": "true"}))
 
 
 def test_nodes_of_the_same_name_are_no_obstacle(tmp_path: Path, backend: OnnxRuntimeBackend) -> None:

@@ -221,8 +221,9 @@ def test_unknown_ops_are_all_named_before_anything_runs() -> None:
 
 
 def test_options_and_devices_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="graphs=x"):
-        TorchSettings.parse({"graphs": "x"})
+    for value, message in (("x", "graphs wants an integer, not 'x'"), ("-1", r"graphs is a number .* \(0: none\)")):
+        with pytest.raises(InputError, match=f"backend torch: {message}"):
+            TorchBackend().check(BuildOptions(options={"graphs": value}))
     with pytest.raises(InputError, match="did you mean 'kernels'"):
         TorchBackend().check(BuildOptions(options={"kernel": "true"}))
     if not torch.cuda.is_available():
@@ -238,6 +239,9 @@ def test_build_and_open(tmp_path: Path) -> None:
         assert runner.run({"x": -floats(2, 6)})["y"].shape == (2, 6)
     with pytest.raises(RuntimeError, match="closed"):
         runner.run({"x": floats(2, 6)})
+    engine.path.with_name("model.onnx.json").write_text('{"graphs": "4", "kernels": true, "fuse": true, "tf32": false}')
+    with pytest.raises(InputError, match="is damaged; build the engine again"):
+        TorchBackend().open(engine)
 
 
 def test_options_of_other_backends_do_not_disturb_it() -> None:

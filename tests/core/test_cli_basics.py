@@ -365,11 +365,12 @@ def test_doctor_tells_what_works(broken: None, optframe: Callable[..., Ran]) -> 
     backend = next(backend for backend in facts["backends"] if backend["name"] == "onnxruntime")
     assert (backend["works"], backend["missing"], backend["cannot_run"]) == (True, None, None)
     assert "onnxruntime" in backend["versions"]
+    assert backend["options"] == ["cuda_graph", "nhwc", "optimization", "tf32", "threads"]
     assert facts["packages"]["optframe"] == __version__
     assert [problem["plugin"] for problem in facts["problems"]] == ["broken"]
     page = optframe("doctor")
     assert (page.status, page.err) == (0, "")
-    assert all(word in page.out for word in ("onnxruntime", "Python", "memory", "acme-broken"))
+    assert all(word in page.out for word in ("onnxruntime", "Python", "memory", "acme-broken", "cuda_graph"))
 
 
 def test_doctor_tells_the_gpu(monkeypatch: pytest.MonkeyPatch, optframe: Callable[..., Ran]) -> None:

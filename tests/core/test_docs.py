@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from optframe import hookspec, passes
+from optframe.backend import NamesOptions
 from optframe.pipeline import Pipeline
 from optframe.registry import default_registry
 from optframe.testing import assert_pass_contract
@@ -49,6 +50,17 @@ def test_the_documented_pass_keeps_the_contract(example: ModuleType) -> None:
     )
     result = assert_pass_contract(example.DropDropout(), model, [{"x": np.array([[-1, 2, 0], [3, -4, 5]], np.float32)}])
     assert result == passes.PassResult(modified=True, rewrites=1)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", "tensorrt", "tensorrt-rtx"])
+def test_every_option_of_a_backend_is_documented(name: str) -> None:
+    page = "tensorrt" if name.startswith("tensorrt") else "backends"
+    rows = re.findall(r"^\|(.*?)\|", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.M)
+    documented = {word.removeprefix("--").replace("-", "_") for row in rows for word in re.findall(r"`(.*?)`", row)}
+    backend = default_registry().load_backend(name)
+    assert isinstance(backend, NamesOptions)
+    assert backend.option_names
+    assert set(backend.option_names) <= documented
 
 
 def test_the_readmes_pipelines_can_be_read() -> None:

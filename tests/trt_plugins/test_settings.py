@@ -5,6 +5,7 @@ import types
 import pytest
 
 from optframe import environment
+from optframe.backends.settings import parse_settings
 from optframe.errors import EnvironmentLacks, InputError
 from optframe_trt.flavours import KINDS, Flavour
 from optframe_trt.settings import BuildSettings, choose_targets
@@ -22,10 +23,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: str | None) -> None:
 
 def test_options_are_text_of_their_types() -> None:
     options = {"workspace": "512", "tf32": "true", "profile": "batch=1/2/4;batch=8", "plugins": "a.b::C,d::E"}
-    assert BuildSettings.parse("tensorrt", options) == BuildSettings(
+    assert parse_settings(BuildSettings, "tensorrt", options) == BuildSettings(
         workspace=512, tf32=True, profile="batch=1/2/4;batch=8", plugins="a.b::C,d::E"
     )
-    assert BuildSettings.parse("tensorrt", {}) == BuildSettings()
+    assert parse_settings(BuildSettings, "tensorrt", {}) == BuildSettings()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_options_are_text_of_their_types() -> None:
 )
 def test_bad_options_are_named(name: str, value: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        BuildSettings.parse("tensorrt", {name: value})
+        parse_settings(BuildSettings, "tensorrt", {name: value})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 from optframe import environment, graph, ops, progress, store
 from optframe.backend import BuildOptions, Engine, Runner
 from optframe.backends.onnxruntime import check_precision
+from optframe.backends.settings import parse_settings
 from optframe.errors import InputError, OptframeError, unknown_name
 from optframe.types import OpSpec, Precision
 from optframe_trt import calls, engine_file, flavours, nvrtc, preflight
@@ -55,7 +56,7 @@ class TensorRTBackend:
 
     def _settings(self, options: BuildOptions) -> tuple[Flavour, BuildSettings, tuple[str, ...]]:
         """Return the flavour, the options read, and the compute capabilities to build for."""
-        settings = BuildSettings.parse(self.name, options.options)
+        settings = parse_settings(BuildSettings, self.name, options.options)
         if options.device == "cpu":
             raise InputError(f"backend {self.name} builds for GPUs, not for --device cpu")
         flavour = flavours.load(self.name)

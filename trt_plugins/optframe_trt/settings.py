@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
 
 from optframe import environment
-from optframe.errors import EnvironmentLacks, InputError, unknown_name
-from optframe.pass_options import Word, read_value
+from optframe.errors import EnvironmentLacks, InputError
 from optframe_trt.flavours import Flavour
 
 ALL, NONE = "all", "none"
@@ -45,24 +41,6 @@ class BuildSettings:
     version_compatible: bool = False
     strip: bool = False
     layer_names: bool = True
-
-    @classmethod
-    def parse(cls, backend: str, options: Mapping[str, str]) -> Self:
-        """Return the settings that `options` ask for.
-
-        Raises:
-            InputError: an option is unknown, or its value is not of its type.
-        """
-        kinds = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for name, text in options.items():
-            if name not in kinds:
-                raise unknown_name(f"option of backend {backend}", name, kinds)
-            try:
-                values[name] = read_value(kinds[name], Word(text, quoted=False, column=1))
-            except ValueError as error:
-                raise InputError(f"backend {backend}: {name} {error}") from error
-        return cls(**values)
 
     def check(self, flavour: Flavour) -> None:
         """See that `flavour` can honour every setting.

@@ -11,21 +11,21 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from optframe import environment, files, graph, typed_json
+from optframe import environment, graph
 from optframe.backend import BuildOptions, Engine
 from optframe.backends.inputs import ModelInput, check_feeds
+from optframe.backends.settings import load_settings, parse_settings, save_settings
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
 from optframe.types import Feeds, Outputs, Precision
 
@@ -39,7 +39,7 @@ DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 QUIET = 4
 """onnxruntime's severity "fatal": it logs errors besides raising them, and they are ours to report."""
 
-THREAD_DIGITS = 4
+MOST_THREADS = 9999
 """No machine has more threads than that; onnxruntime takes what fits 32 bits, and may hang long before."""
 
 REPEATED_NAME = "two nodes with same node name"
@@ -82,22 +82,22 @@ TENSOR_TYPES = {
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """The backend's own options.
+    """The backend's own options; docs/backends.md describes them to users.
 
     `threads`: how many compute one op; 0 takes one for each physical core that this process may use. `optimization`:
-    what onnxruntime does when it loads the model (all, extended, basic, disable). On CUDA alone, `tf32`: whether the
-    factors of FP32 products may be rounded to TF32, false by default, since FP32 is what was asked for; `cuda_graph`:
-    whether a run is captured for each set of input shapes and replayed; `nhwc`: whether convolutions run with channels
-    last, for which onnxruntime transposes between them and other ops.
+    what onnxruntime does when it loads the model. `tf32`: whether CUDA may round the factors of FP32 products to TF32;
+    false by default, since FP32 is what was asked for. On CUDA alone, `cuda_graph`: whether a run is captured for each
+    set of input shapes and replayed; `nhwc`: whether convolutions run with channels last, for which onnxruntime
+    transposes between them and other ops.
     """
 
     threads: int = 0
-    optimization: str = "all"
+    optimization: Literal["all", "extended", "basic", "disable"] = "all"
     tf32: bool = False
     cuda_graph: bool = False
     nhwc: bool = False
 
-    FLAGS: ClassVar[Sequence[str]] = ("tf32", "cuda_graph", "nhwc")
+    CUDA_ALONE: ClassVar[Sequence[str]] = ("cuda_graph", "nhwc")
     LEVELS: ClassVar[Mapping[str, str]] = {
         "all": "ORT_ENABLE_ALL",
         "extended": "ORT_ENABLE_EXTENDED",
@@ -105,26 +105,27 @@ class SessionSettings:
         "disable": "ORT_DISABLE_ALL",
     }
 
-    @classmethod
-    def parse(cls, options: Mapping[str, str]) -> Self:
-        """Return the settings that `options` ask for.
+    def __post_init__(self) -> None:
+        """Check the number of threads.
 
         Raises:
-            InputError: an option is unknown, or its value is not one that it takes.
+            InputError: it is none.
         """
-        for name in options:
-            if name not in {field.name for field in fields(cls)}:
-                raise unknown_name("option of backend onnxruntime", name, [field.name for field in fields(cls)])
-        threads, optimization = options.get("threads", "0"), options.get("optimization", "all")
-        flags = {name: options.get(name, "false") for name in cls.FLAGS}
-        if not (threads.isascii() and threads.isdigit() and len(threads) <= THREAD_DIGITS):
-            raise InputError(f"backend onnxruntime: threads={threads} is no number of threads (0: one for each core)")
-        for name, value in flags.items():
-            if value not in ("true", "false"):
-                raise InputError(f"backend onnxruntime: {name}={value} is neither true nor false")
-        if optimization not in cls.LEVELS:
-            raise unknown_name("optimization of backend onnxruntime", optimization, cls.LEVELS)
-        return cls(int(threads), optimization, **{name: value == "true" for name, value in flags.items()})
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise InputError(f"backend onnxruntime: threads is 0 to {MOST_THREADS} (0: one for each core)")
+
+    def check(self, device: str) -> None:
+        """See that `device`, "cpu" or "cuda", can honour every setting; TF32 is a permission, which the CPU leaves.
+
+        Raises:
+            InputError: it cannot.
+        """
+        for name in self.CUDA_ALONE:
+            if device != "cuda" and getattr(self, name):
+                raise InputError(
+                    f"backend onnxruntime: {name}=true needs the CUDA provider, and the device is the CPU: "
+                    "leave it out, or use --device cuda"
+                )
 
 
 class OnnxRuntimeBackend:
@@ -147,59 +148,50 @@ class OnnxRuntimeBackend:
         """Check the settings and the device that `options` ask for.
 
         Raises:
-            InputError: an option or the device is unknown.
+            InputError: an option or the device is unknown, or the option is not for it.
             EnvironmentLacks: the device or its provider is missing.
         """
-        SessionSettings.parse(options.options)
-        choose_device(options.device)
+        _resolve(options)
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> Engine:
         """Prove that onnxruntime takes `model` on the device asked for, then write `folder`/model.onnx and settings.
 
         Raises:
-            InputError: an option is unknown, the model is not of `options.precision`, or an op has no kernel.
+            InputError: an option is unknown or not for the device, the model is not of `options.precision`, or an op
+                has no kernel.
             EnvironmentLacks: the device, its provider or its libraries are missing.
         """
-        settings = SessionSettings.parse(options.options)
-        device = choose_device(options.device)
+        settings, device = _resolve(options)
         loaded = graph.load(model)
         graph.drop_repeated_names(loaded)
         check_precision(model, loaded, options.precision)
         create_session(model, device, settings)
         engine = Engine(graph.save(loaded, folder / "model.onnx"), self.name, options.precision, device)
-        files.write_text(_settings_path(engine.path), json.dumps(asdict(settings), indent=1))
+        save_settings(settings, engine.path)
         return engine
 
     def open(self, engine: Engine) -> OnnxRuntimeRunner:
         """Load `engine`, which may be any ONNX file: without settings beside it the defaults hold.
 
         Raises:
-            InputError: the file is missing or no usable model.
+            InputError: the file is missing or no usable model, or its settings are not for its device.
             EnvironmentLacks: its device is missing here.
         """
         device = choose_device(engine.device)
-        settings = _read_settings(engine.path)
+        settings = load_settings(SessionSettings, engine.path)
+        settings.check(device)
         session = create_session(engine.path, device, settings)
         if device != "cuda":
             return OnnxRuntimeRunner(session, engine.path.name)
         return (CudaGraphRunner if settings.cuda_graph else CudaRunner)(session, engine.path.name)
 
 
-def _settings_path(engine: Path) -> Path:
-    return engine.with_name(f"{engine.name}.json")
-
-
-def _read_settings(engine: Path) -> SessionSettings:
-    path = _settings_path(engine)
-    if not path.is_file():
-        return SessionSettings()
-    try:
-        settings = typed_json.read(SessionSettings, json.loads(path.read_text(encoding="utf-8")))
-        flags = {name: str(getattr(settings, name)).lower() for name in SessionSettings.FLAGS}
-        texts = {"threads": str(settings.threads), "optimization": settings.optimization}
-        return SessionSettings.parse({**texts, **flags})
-    except (ValueError, TypeError, RecursionError, InputError) as error:
-        raise InputError(f"{path} is damaged; build the engine again") from error
+def _resolve(options: BuildOptions) -> tuple[SessionSettings, str]:
+    """Return the settings and the device, "cpu" or "cuda", that `options` ask for."""
+    settings = parse_settings(SessionSettings, OnnxRuntimeBackend.name, options.options)
+    device = choose_device(options.device)
+    settings.check(device)
+    return settings, device
 
 
 @functools.cache

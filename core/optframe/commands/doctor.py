@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from optframe import environment
-from optframe.backend import BuildsElsewhere
+from optframe.backend import BuildsElsewhere, NamesOptions
 from optframe.commands.plugins import problem_facts, problem_table, wrapping_table
 from optframe.errors import EnvironmentLacks, OptframeError, describe
 
@@ -46,15 +46,23 @@ def doctor(
 def backend_facts(registry: Registry) -> list[dict[str, Any]]:
     """Return for each registered backend whether it works here, what is missing and what mends it, and its versions.
 
-    `cannot_run` says why a backend that works builds engines here but cannot run them.
+    `cannot_run` says why a backend that works builds engines here but cannot run them; `options` are its own, by name.
     """
     return [_facts(registry, spec.name) for spec in registry.backends()]
 
 
 def _facts(registry: Registry, name: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": name, "works": False, "missing": None, "cannot_run": None, "versions": {}}
+    facts: dict[str, Any] = {
+        "name": name,
+        "works": False,
+        "missing": None,
+        "cannot_run": None,
+        "versions": {},
+        "options": [],
+    }
     try:
         backend = registry.load_backend(name)
+        facts["options"] = sorted(backend.option_names) if isinstance(backend, NamesOptions) else []
         facts["missing"] = backend.missing()
         if facts["missing"] is None:
             cannot_run = backend.cannot_run() if isinstance(backend, BuildsElsewhere) else None
@@ -106,5 +114,6 @@ def _backend_remark(backend: dict[str, Any]) -> str:
     if backend["missing"]:
         return str(backend["missing"])
     versions = ", ".join(f"{name} {version}" for name, version in backend["versions"].items())
-    reason = backend["cannot_run"]
-    return f"{versions}; its engines do not run here: {reason}" if reason else versions
+    reason = f"; its engines do not run here: {backend['cannot_run']}" if backend["cannot_run"] else ""
+    options = f"\noptions: {', '.join(backend['options'])}" if backend["options"] else ""
+    return versions + reason + options

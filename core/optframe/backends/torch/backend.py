@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from optframe import environment, files, graph
+from optframe import environment, graph
 from optframe.backend import BuildOptions, Engine
 from optframe.backends.inputs import ModelInput
 from optframe.backends.onnxruntime import check_precision
+from optframe.backends.settings import load_settings, parse_settings, save_settings
 from optframe.errors import EnvironmentLacks, InputError, unknown_name
 from optframe.ops import inline_functions
 from optframe.registry import default_registry
@@ -28,7 +28,7 @@ DISTRIBUTIONS = ("torch", "cupy-cuda12x", "cupy-cuda13x", "triton")
 
 @dataclass(frozen=True)
 class TorchSettings:
-    """The backend's own options.
+    """The backend's own options; docs/backends.md describes them to users.
 
     `graphs`: how many sets of input shapes keep a CUDA graph; 0 runs without. `kernels`: whether plugin ops run their
     CUDA kernels on a GPU. `fuse`: whether several calls become one where torch or a kernel of ours can. `tf32`: whether
@@ -40,27 +40,14 @@ class TorchSettings:
     fuse: bool = True
     tf32: bool = False
 
-    @classmethod
-    def parse(cls, options: Mapping[str, str]) -> Self:
-        """Return the settings that `options` ask for.
+    def __post_init__(self) -> None:
+        """Check the number of graphs.
 
         Raises:
-            InputError: an option is unknown, or its value is not one that it takes.
+            InputError: it is none.
         """
-        names = [field.name for field in fields(cls)]
-        given: dict[str, int | bool] = {}
-        for name, text in options.items():
-            if name not in names:
-                raise unknown_name("option of backend torch", name, names)
-            if name == "graphs":
-                if not (text.isascii() and text.isdigit()):
-                    raise InputError(f"backend torch: graphs={text} is no number of CUDA graphs (0: none)")
-                given[name] = int(text)
-            elif text in ("true", "false"):
-                given[name] = text == "true"
-            else:
-                raise InputError(f"backend torch: {name}={text} is neither true nor false")
-        return cls(**given)  # type: ignore[arg-type]
+        if self.graphs < 0:
+            raise InputError("backend torch: graphs is a number of CUDA graphs (0: none)")
 
 
 class TorchBackend:
@@ -86,7 +73,7 @@ class TorchBackend:
             InputError: an option or the device is unknown.
             EnvironmentLacks: torch or the device is missing.
         """
-        TorchSettings.parse(options.options)
+        parse_settings(TorchSettings, self.name, options.options)
         choose_device(options.device)
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> Engine:
@@ -96,13 +83,13 @@ class TorchBackend:
             InputError: an option is unknown, the model is not of `options.precision`, or ops have no translation.
             EnvironmentLacks: torch, the device, or CuPy for plugin kernels is missing.
         """
-        settings = TorchSettings.parse(options.options)
+        settings = parse_settings(TorchSettings, self.name, options.options)
         device = choose_device(options.device)
         loaded = graph.load(model)
         check_precision(model, loaded, options.precision)
         _prepare(graph.load(model), device, settings)  # its own copy, which it changes
         engine = Engine(graph.save(loaded, folder / "model.onnx"), self.name, options.precision, device)
-        files.write_text(_settings_path(engine.path), json.dumps(asdict(settings), indent=1))
+        save_settings(settings, engine.path)
         return engine
 
     def open(self, engine: Engine) -> TorchRunner:
@@ -112,7 +99,7 @@ class TorchBackend:
             InputError: the file is missing or no usable model, or ops have no translation.
             EnvironmentLacks: its device is missing here.
         """
-        device, settings = choose_device(engine.device), _read_settings(engine.path)
+        device, settings = choose_device(engine.device), load_settings(TorchSettings, engine.path)
         return open_model(graph.load(engine.path), device, settings, engine.path.name)
 
 
@@ -173,17 +160,3 @@ def choose_device(device: str) -> str:
     if device == "cuda":
         raise EnvironmentLacks("torch sees no CUDA GPU: install torch with CUDA and mend the driver, or use device cpu")
     return "cpu"
-
-
-def _settings_path(engine: Path) -> Path:
-    return engine.with_name(f"{engine.name}.json")
-
-
-def _read_settings(engine: Path) -> TorchSettings:
-    path = _settings_path(engine)
-    if not path.is_file():
-        return TorchSettings()
-    try:
-        return TorchSettings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged; build the engine again") from error
