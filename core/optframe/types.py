@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
+from optframe import breadcrumbs
 from optframe.errors import PluginError
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ def load_target(reference: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # a plugin's import may raise anything; the caller must learn which plugin it was
         raise PluginError(f"cannot load '{reference}': {type(error).__name__}: {error}") from error
+
+
+def _call(role: str, reference: str, *arguments: Any) -> Any:
+    """Call what `reference` names, which is an author's: a crash of the process inside it is told as such."""
+    with breadcrumbs.running(f"{role} {reference}"):
+        return load_target(reference)(*arguments)
 
 
 @dataclass(frozen=True)
@@ -181,9 +189,8 @@ class KernelSpec:
             raise PluginError(f"cannot read the CUDA source '{self.source}': {reason}") from error
 
     def launch_rule(self) -> LaunchRule:
-        """Return the launch rule."""
-        rule: LaunchRule = load_target(self.launch)
-        return rule
+        """Return the launch rule, which is imported when it is called."""
+        return partial(_call, "launch rule", self.launch)
 
     def reuse_rule(self) -> ReuseRule | None:
         """Return the rule that launches kernels made for other shapes, None where there is none."""
@@ -243,7 +250,7 @@ class OpSpec:
 
     def build_function(self, opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         """Return the op's meaning as an ONNX function in standard ops of `opset`."""
-        function: ir.Function = load_target(self.function)(opset, dtypes)
+        function: ir.Function = _call("function", self.function, opset, dtypes)
         return function
 
     def infer(self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
@@ -252,7 +259,7 @@ class OpSpec:
         Raises:
             PluginError: the shape rule does not give one `TensorInfo` for each output. Whatever the rule raises, too.
         """
-        infos: tuple[TensorInfo, ...] = load_target(self.shape_rule)(inputs, attributes)
+        infos: tuple[TensorInfo, ...] = _call("shape rule", self.shape_rule, inputs, attributes)
         if not isinstance(infos, tuple) or [type(info) for info in infos] != [TensorInfo] * len(self.outputs):
             wanted = f"a tuple of {len(self.outputs)} TensorInfo"
             raise PluginError(f"the shape rule of {self.identifier} gives {str(infos)[:80]}, not {wanted}")

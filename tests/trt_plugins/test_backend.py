@@ -288,6 +288,49 @@ def test_a_wrong_shape_rule_is_told_with_its_node(
     assert f"node '{NODE}'" in str(raised.value)
 
 
+CRASHING = """
+import ctypes, os
+
+def shape(inputs, attributes):
+    ctypes.string_at(0)
+
+def launch(inputs, outputs, attributes):
+    ctypes.string_at(0)
+
+def function(opset, dtypes):
+    os._exit(3)
+"""
+"""A module whose C code ends the process, as a broken extension does."""
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("role", "how"),
+    [
+        ("shape", r"signal SIGSEGV in string_at \("),
+        ("launch", r"signal SIGSEGV in string_at \("),
+        ("function", "exit status 3"),
+    ],
+)
+def test_a_crash_of_an_authors_code_is_laid_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, how: str
+) -> None:
+    (tmp_path / "crashing_rules.py").write_text(CRASHING)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert LAYER_NORM.kernel is not None
+    broken = {
+        "shape": lambda: replace(LAYER_NORM, shape_rule="crashing_rules:shape"),
+        "launch": lambda: replace(LAYER_NORM, kernel=replace(LAYER_NORM.kernel, launch="crashing_rules:launch")),
+        "function": lambda: replace(LAYER_NORM, function="crashing_rules:function"),
+    }[role]()
+    what = role if role == "function" else f"{role} rule"
+    message = rf"^node '{NODE}' \({broken.identifier}\): {what} crashing_rules:{role} crashed with {how}"
+    with pytest.raises(PluginError, match=message) as raised:
+        build(tmp_path, small_model(), known={broken.identifier: broken})
+    assert "TensorRT" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 @needs_rtx
 def test_the_engine_cannot_be_opened_here_and_the_reason_is_told(tmp_path: Path) -> None:
     engine = build(tmp_path, small_model())
@@ -364,7 +407,8 @@ def test_an_option_that_no_backend_takes_is_refused(tmp_path: Path) -> None:
 def _workers(caller: int) -> list[Path]:
     """Return the processes of the worker that `caller` has, as folders of /proc, once they have loaded TensorRT."""
     children = [Path("/proc", pid) for pid in Path(f"/proc/{caller}/task/{caller}/children").read_text().split()]
-    return [child for child in children if "libtensorrt" in (child / "maps").read_text()]
+    ours = [child for child in children if "optframe_trt.worker" in (child / "cmdline").read_text()]
+    return [child for child in ours if "libtensorrt" in (child / "maps").read_text()]
 
 
 @needs_rtx

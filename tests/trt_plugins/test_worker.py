@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from optframe import typed_json
-from optframe.errors import EnvironmentLacks, InputError, OptframeError
+from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError
 from optframe.registry import default_registry
 from optframe_trt import worker
 from optframe_trt.builder import (
@@ -233,6 +233,33 @@ def test_what_a_plugin_raised_before_the_end_is_told(tmp_path: Path, end: Any) -
 
 
 @pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda log: worker._crash(-signal.SIGSEGV, log), "crashed with signal SIGSEGV in string_at (__init__.py:519)"),
+        (worker._stall, f"did nothing for {worker.STALL_SECONDS:g} s in main (worker.py:9)"),
+    ],
+)
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_ran_at_the_end_is_told(tmp_path: Path, end: Any, message: str, ended: bool) -> None:
+    """The innermost call is that of the thread in question, which need not come first."""
+    notes = [{"running": "node 'm': function a:b"}, {"running": ""}, {"running": "node 'n': launch rule a:c"}]
+    notes += [{"running": ""}] * ended
+    log = tmp_path / "worker.log"
+    log.write_text(
+        "of TensorRT\n"
+        + "".join(f"{worker.KEPT}{json.dumps(note)}\n" for note in notes)
+        + f"{worker.FAULT}: Segmentation fault\n\n"
+        'Thread 0x1 (most recent call first):\n  File "/a/b.py", line 1 in wait\n\n'
+        'Current thread 0x2 (most recent call first):\n  File "/c/__init__.py", line 519 in string_at\n\n'
+        'Thread 0x3 (most recent call first):\n  File "/d/worker.py", line 9 in main\n'
+    )
+    error = end(log)
+    assert isinstance(error, PluginError) != ended
+    assert ("node 'n': launch rule a:c " + message in str(error)) != ended
+    assert ("of TensorRT" in str(error)) == (ended and "crashed" in message)  # the last line that is not ours
+
+
+@pytest.mark.parametrize(
     ("status", "message"), [(-signal.SIGKILL, "out of memory"), (-40, "with signal 40"), (3, "with exit status 3")]
 )
 def test_every_end_has_its_line(tmp_path: Path, status: int, message: str) -> None:
@@ -258,7 +285,7 @@ def test_where_a_build_stalled_is_one_line(tmp_path: Path) -> None:
 def test_the_worker_logs_what_plugins_raise(tmp_path: Path) -> None:
     code = (
         "from optframe_trt import registration, worker\n"
-        "worker._log_plugin_errors()\n"
+        "worker._log_plugins()\n"
         "registration.Registration(()).keep(registration.NodeError('n', 'x::Y', ValueError('no')))\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

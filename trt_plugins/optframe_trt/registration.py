@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+from optframe import breadcrumbs
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError, describe
 from optframe_trt.kernels import CompiledKernel
 
@@ -16,6 +17,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 logger = logging.getLogger("optframe_trt.plugins")
 """Is told each exception at once, as JSON at level DEBUG: TensorRT may crash on what a callback raised."""
+
+
+def place(node: str, op: str) -> str:
+    """Return where a callback is called, in words."""
+    return f"node '{node}' ({op})"
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class NodeError:
 
     def __str__(self) -> str:
         known = isinstance(self.error, OptframeError)
-        return f"node '{self.node}' ({self.op}): {self.error if known else describe(self.error)}"
+        return f"{place(self.node, self.op)}: {self.error if known else describe(self.error)}"
 
 
 @dataclass
@@ -75,12 +81,16 @@ class Registration:
 
 
 def keep_errors(method: Method) -> Method:
-    """Let a callback leave its exception with `self.registration` before TensorRT gets it, and drops it."""
+    """Let a callback leave its exception with `self.registration` before TensorRT gets it, and drops it.
+
+    Should it crash, the node is known.
+    """
 
     @wraps(method)
     def run(self: Any, *arguments: Any) -> Any:
         try:
-            return method(self, *arguments)
+            with breadcrumbs.at(place(self.node, self.spec.identifier)):
+                return method(self, *arguments)
         except BaseException as error:  # TensorRT drops an exit or an interrupt, too
             self.registration.keep(NodeError(self.node, self.spec.identifier, error))
             raise

@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from optframe import errors, typed_json
-from optframe.errors import EnvironmentLacks, InputError, OptframeError, describe
+from optframe import breadcrumbs, errors, typed_json
+from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError, describe
 from optframe_trt import registration
 from optframe_trt.builder import (
     BuildRequest,
@@ -48,7 +48,8 @@ FAULT = "Fatal Python error"
 
 
 KEPT = "optframe: "
-"""Before what a plugin raised, in the log: TensorRT may crash before the worker can send it."""
+"""Before what is known of plugins, in the log: what one raised, since TensorRT may crash before the worker can send it,
+and whose code runs, which may crash as well."""
 
 
 def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult:
@@ -135,26 +136,41 @@ def _reply(line: str) -> dict[str, Any] | None:
     return reply if isinstance(reply, dict) else None
 
 
+def _notes(text: str) -> list[dict[str, Any]]:
+    """Return what the log says of plugins."""
+    replies = (_reply(line.removeprefix(KEPT)) for line in text.splitlines() if line.startswith(KEPT))
+    return [reply for reply in replies if reply is not None]
+
+
 def _kept(text: str) -> OptframeError | None:
     """Return the first error that a plugin raised, by the log, None if none did."""
-    for line in text.splitlines():
-        reply = _reply(line.removeprefix(KEPT)) if line.startswith(KEPT) else None
-        if reply is not None:
-            kind: type[OptframeError] = getattr(errors, reply["kind"], OptframeError)
-            return kind(reply["error"])
+    for note in _notes(text):
+        if "error" in note:
+            kind: type[OptframeError] = getattr(errors, note["kind"], OptframeError)
+            return kind(note["error"])
     return None
 
 
+def _running(text: str) -> str:
+    """Return what ran of a plugin author's code at the end, by the log, "" if nothing did."""
+    notes = [str(note["running"]) for note in _notes(text) if "running" in note]
+    return notes[-1] if notes else ""
+
+
 def _crash(status: int, log: Path) -> OptframeError:
-    """Return the error for a worker that died: what a plugin raised before that, if one did."""
-    text = log.read_text(errors="replace").partition(FAULT)[0]
+    """Return the error for a worker that died: what a plugin raised before that, if one did, or did when it died."""
+    text, _, fault = log.read_text(errors="replace").partition(FAULT)
     kept = _kept(text)
     if kept is not None:
         return kept
     if status == -signal.SIGKILL:
         return EnvironmentLacks("the build was killed, as by a machine out of memory: free some, and try again")
     how = f"signal {_signal_name(-status)}" if status < 0 else f"exit status {status}"
-    lines = text.strip().splitlines()
+    running = _running(text)
+    if running:
+        call = _call(fault.partition("Current thread ")[2])
+        return PluginError(f"{running} crashed with {how}{call}: mend it, or leave its op out of --plugins")
+    lines = [line for line in text.strip().splitlines() if not line.startswith(KEPT)]
     said = f" ({lines[-1].strip()[:200]})" if lines else ""
     return InputError(
         f"TensorRT crashed on this model with {how}{said}: keep the portable form, "
@@ -175,13 +191,20 @@ def _stall(log: Path) -> OptframeError:
     kept = _kept(text)
     if kept is not None:
         return kept
-    main_thread = text.rpartition("hread 0x")[2]  # the last one, innermost call first
-    where = re.search(r'^  File "[^"\n]*?([^/"\n]*)", line (\d+) in ([^\n]+)', main_thread, re.MULTILINE)
-    call = f" in {where[3]} ({where[1]}:{where[2]})" if where else ""
+    call = _call(text.rpartition("hread 0x")[2])  # the last thread is the main one
+    running = _running(text)
+    if running:
+        return PluginError(f"{running} did nothing for {STALL_SECONDS:g} s{call}, so the build was ended: mend it")
     return InputError(
         f"TensorRT did nothing for {STALL_SECONDS:g} s{call}, so the build was ended: start it again, and report it "
         "if that happens twice"
     )
+
+
+def _call(trace: str) -> str:
+    """Return the innermost call of a thread, which comes first in what `faulthandler` writes, as the end of a line."""
+    where = re.search(r'^  File "[^"\n]*?([^/"\n]*)", line (\d+) in ([^\n]+)', trace, re.MULTILINE)
+    return f" in {where[3]} ({where[1]}:{where[2]})" if where else ""
 
 
 def request_to_json(request: BuildRequest) -> dict[str, Any]:
@@ -229,16 +252,17 @@ def _throttled(send: Any) -> Tell:
     return tell
 
 
-def _log_plugin_errors() -> None:
+def _log_plugins() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{KEPT}%(message)s"))
     registration.logger.addHandler(handler)
     registration.logger.setLevel(logging.DEBUG)
+    breadcrumbs.listen(lambda what: registration.logger.debug("%s", json.dumps({"running": what})))
 
 
 def main() -> None:
     """Serve on standard input and output; whatever native code prints goes to standard error."""
-    _log_plugin_errors()
+    _log_plugins()
     faulthandler.enable()  # a crash, and the end of a build that waits for ever, leave in the log where they were
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
