@@ -2,11 +2,11 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from optframe import typed_json
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError
 from optframe.registry import default_registry
-from optframe_trt import worker
+from optframe_trt import stall, worker
 from optframe_trt.builder import (
     BuildRequest,
     BuildResult,
@@ -151,13 +151,15 @@ def test_a_crash_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source
 
 
 DEAF = """
-import json, os, time
+import json, os, subprocess, time
+child = subprocess.Popen(["sleep", "60"])  # holds our output open
+print(json.dumps({"phase": str(child.pid), "fraction": 0}), flush=True)
 print(json.dumps({"phase": str(os.getpid()), "fraction": 0}), flush=True)
 time.sleep(600)
 """
 
 
-def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_deaf_worker_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "deaf_worker.py").write_text(DEAF)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(worker, "MODULE", "deaf_worker")
@@ -166,12 +168,22 @@ def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, t
 
     def tell(what: str, fraction: float) -> None:
         pids.append(int(what))
-        raise KeyboardInterrupt
+        if len(pids) == 2:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         worker.build_in_worker(request(tmp_path), tell, tmp_path / "log")
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in pids):  # the child has lost its parent, and goes when init has noticed
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 WAITING = """
@@ -191,6 +203,25 @@ print(json.dumps({"error": "done", "kind": "InputError"}), flush=True)
 sys.stdin.read()
 """
 
+IN_A_CHILD = """
+import json, subprocess, sys
+source = "import time; end = time.monotonic() + 2\\nwhile time.monotonic() < end: pass"
+{work}
+print(json.dumps({{"error": "done", "kind": "InputError"}}), flush=True)
+sys.stdin.read()
+"""
+
+GRANDCHILD = "subprocess.run(['sh', '-c', '\"$0\" -c \"$1\"; true', sys.executable, source], check=True)"
+"""The worker waits for a shell, which waits for the work."""
+
+ORPHAN = (
+    "subprocess.run(['sh', '-c', '(\"$0\" -c \"$1\"; echo done) &', sys.executable, source], stdout=subprocess.PIPE)"
+)
+"""The shell ends at once; the worker waits for what it started to close its output."""
+
+SHORT = "for _ in range(20): subprocess.run([sys.executable, '-c', 'import time; time.sleep(0.1)'], check=True)"
+"""Each process has come and gone between two looks; what it used counts as its parent's."""
+
 TALKING = """
 import json, sys, time
 for step in range(20):
@@ -207,8 +238,12 @@ sys.stdin.read()
         (WAITING, r"^TensorRT did nothing for 1 s in \w+ \(threading\.py:\d+\), so the build was ended"),
         (WORKING, "^done$"),
         (TALKING, "^done$"),
+        (IN_A_CHILD.format(work=GRANDCHILD), "^done$"),
+        (IN_A_CHILD.format(work=ORPHAN), "^done$"),
+        (IN_A_CHILD.format(work=SHORT), "^done$"),
+        (IN_A_CHILD.format(work="subprocess.run(['sleep', '60'])"), "^TensorRT did nothing for 1 s"),
     ],
-    ids=["waiting", "working", "talking"],
+    ids=["waiting", "working", "talking", "grandchild", "orphan", "short", "sleeping child"],
 )
 def test_a_worker_that_waits_for_ever_is_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str
@@ -217,6 +252,7 @@ def test_a_worker_that_waits_for_ever_is_ended(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(worker, "MODULE", "some_worker")
     monkeypatch.setattr(worker, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(stall, "GRACE_SECONDS", 1.0)
     with pytest.raises(InputError, match=message):
         worker.build_in_worker(request(tmp_path), lambda what, fraction: None, tmp_path / "log")
 

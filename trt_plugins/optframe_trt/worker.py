@@ -33,7 +33,7 @@ from optframe_trt.builder import (
 )
 from optframe_trt.preflight import Unsupported
 from optframe_trt.progress import Tell
-from optframe_trt.stall import STALL_SECONDS, StallWatch
+from optframe_trt.stall import STALL_SECONDS, StallWatch, kill_group
 
 CANCEL_SECONDS = 30.0
 """How long a cancelled build may take to notice: TensorRT asks between its steps."""
@@ -82,7 +82,7 @@ def build_in_worker(request: BuildRequest, tell: Tell, log: Path) -> BuildResult
 
 @contextlib.contextmanager
 def _process(log: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a worker and see that it ends: after an interrupt by asking it first."""
+    """Start a worker and see that it ends, and its children: after an interrupt by asking it first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -105,11 +105,12 @@ def _end(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(BrokenPipeError):
         stdin.close()  # cancels what may still be under way
     try:
-        process.wait(CANCEL_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CANCEL_SECONDS)
+    finally:
+        kill_group(process)
         process.wait()
-    stdout.close()
+        stdout.close()
 
 
 def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
