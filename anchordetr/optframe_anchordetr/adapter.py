@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from optframe.errors import InputError
-from optframe.types import Feeds, Illustration, Outputs
+from optframe.types import Feeds, Illustration, Outputs, Part
 from optframe_anchordetr.config import Exporter, ExportOptions, check_shape, variant_config
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class AnchorDETRAdapter:
             if path is not None and not path.exists():
                 raise InputError(f"no such file or folder: {path}")
 
-    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+    def dependencies(self, of: Part) -> Mapping[str, object]:
         """Return the options that shape the export, the measured inputs or the calibration data."""
         options = self.options
         feeds = {"shape": options.shape, "mask": options.mask}
@@ -86,20 +86,19 @@ class AnchorDETRAdapter:
             "dynamic": options.dynamic,
         }
 
-    def notes(self) -> Sequence[str]:
+    def notes(self, of: Part) -> Sequence[str]:
         """Say what a reader of the figures has to know."""
-        notes = []
-        if self.options.checkpoint is None:
-            notes.append(
+        if of == "export" and self.options.checkpoint is None:
+            return [
                 "The weights are seeded, not trained: errors and latency are real, detections mean nothing. "
                 "Pass --checkpoint for your own."
-            )
-        if self.options.calibration_images is None:
-            notes.append(
+            ]
+        if of == "calibration" and self.options.calibration_images is None:
+            return [
                 "INT8 ranges come from two bundled photographs and crops of them; "
                 "pass --calibration-images for real use."
-            )
-        return notes
+            ]
+        return []
 
     @cached_property
     def _model(self) -> AnchorDETR:

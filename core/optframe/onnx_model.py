@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from optframe import feeds, graph
 from optframe.backend import Engine
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
 from optframe.errors import InputError
 from optframe.images import ImageFolder
-from optframe.types import Feeds, Illustration, Outputs
+from optframe.types import Feeds, Illustration, Outputs, Part
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OnnxFileModel:
             else None
         )
 
-    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+    def dependencies(self, of: Part) -> Mapping[str, object]:
         """Return the model file, and for inputs the inputs file."""
         if of == "export":
             return {"model": self.options.path}
@@ -57,14 +57,11 @@ class OnnxFileModel:
             return {**facts, "all": options.inputs is not None}
         return {"inputs": options.inputs or "random"}
 
-    def notes(self) -> Sequence[str]:
+    def notes(self, of: Part) -> Sequence[str]:
         """Say when figures come from random inputs."""
-        if self._samples:
+        if of != "feeds" or self._samples:
             return []
-        return [
-            "No --inputs were given: errors are measured on random inputs, which may not be what the model meets, "
-            "and there is nothing to calibrate INT8 on."
-        ]
+        return ["No --inputs were given: errors are measured on random inputs, which may not be what the model meets."]
 
     def export(self, path: Path) -> None:
         """Write the model, as it is, to `path`."""

@@ -29,6 +29,9 @@ Outputs: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
+Part: TypeAlias = Literal["export", "feeds", "calibration"]
+"""What a model brings to a run: its graph, the real inputs that it is measured on, the inputs for INT8 calibration."""
+
 DEFAULT_CALIBRATOR = "mse"
 """How INT8 ranges are chosen where nobody says: entropy and percentile, which cut off more, err up to twice as much on
 photographs that are unlike those of calibration (`benchmarks/int8`)."""
@@ -293,15 +296,18 @@ class ModelAdapter(Protocol):
     source: str
     """What `reference` runs, in words for the report: "PyTorch FP32"."""
 
-    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+    def dependencies(self, of: Part) -> Mapping[str, object]:
         """Return what the export, the real inputs or the calibration data depend on, for the cache key.
 
         Plain values count as they are, a `Path` by the content of that file or folder.
         """
         ...
 
-    def notes(self) -> Sequence[str]:
-        """Return plain sentences that the report must show, such as "weights are seeded, not trained"."""
+    def notes(self, of: Part) -> Sequence[str]:
+        """Return plain sentences that the report of a run must show where the run has that part.
+
+        Such as of the export "weights are seeded, not trained", of calibration "two photographs are not enough".
+        """
         ...
 
     def export(self, path: Path) -> None:

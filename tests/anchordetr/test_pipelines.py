@@ -20,6 +20,7 @@ from optframe.host import PluginHost
 from optframe.registry import Registry
 from optframe.snapshot import Snapshot
 from optframe.stages import wanted_pipeline
+from optframe.types import Part
 from optframe_anchordetr.adapter import AnchorDETRAdapter, AnchorDETROptions
 from optframe_anchordetr.config import ExportOptions
 from optframe_anchordetr.export import export
@@ -139,6 +140,16 @@ def test_a_model_without_pipelines_of_its_own_gets_the_backends() -> None:
         pipeline = "clean"
 
     registry = Registry(PluginHost())
-    assert wanted_pipeline(Plain(), registry, ["torch"]) == "cuda"  # type: ignore[arg-type]
-    assert wanted_pipeline(Plain(), registry, ["onnxruntime"]) == "portable"  # type: ignore[arg-type]
-    assert wanted_pipeline(Special(), registry, ["torch"]) == "clean"  # type: ignore[arg-type]
+    assert wanted_pipeline(Plain(), registry, ["torch"]) == "cuda"
+    assert wanted_pipeline(Plain(), registry, ["onnxruntime"]) == "portable"
+    assert wanted_pipeline(Special(), registry, ["torch"]) == "clean"
+
+
+def test_notes_are_of_what_was_not_given(tmp_path: Path) -> None:
+    bundled, own = AnchorDETROptions(), AnchorDETROptions(checkpoint=tmp_path, calibration_images=tmp_path)
+    parts: list[tuple[Part, str]] = [("export", "seeded, not trained"), ("calibration", "two bundled photographs")]
+    for of, said in parts:
+        [note] = AnchorDETRAdapter(bundled).notes(of)
+        assert said in note
+        assert AnchorDETRAdapter(own).notes(of) == []
+    assert AnchorDETRAdapter(bundled).notes("feeds") == []

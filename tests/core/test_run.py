@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 from optframe import api, graph
 from optframe.cli import main
 from optframe.errors import CheckFailed, EnvironmentLacks, InputError
+from optframe.onnx_model import OnnxFileModel
 from optframe.pipeline import Pipeline
 from optframe.registry import default_registry
 from optframe.stages import RunRequest
 from optframe.store import Store
+from optframe.types import Precision
 
 PIPELINE = "fold-constants,eliminate-identity,eliminate-dead-code"
 
@@ -211,7 +214,38 @@ def test_a_file_without_data_runs_in_what_needs_none(
     assert main(["run", "small.onnx", "--pipeline", PIPELINE]) == 0
     data = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
     assert [run["precision"] for run in data["runs"]] == ["fp32", "fp16"]
-    assert any("calibrate INT8" in note for note in data["notes"])
+    random_inputs, left_out = data["notes"]
+    assert "measured on random inputs" in random_inputs
+    assert "INT8 was left out" in left_out
+    assert main(["run", "small.onnx", "--pipeline", PIPELINE, "--precision", "fp32"]) == 0  # INT8 was not asked for
+    assert json.loads((tmp_path / "runs" / "small" / "report.json").read_text())["notes"] == [random_inputs]
+
+
+@pytest.mark.parametrize(
+    ("precisions", "calibrates", "notes"),
+    [
+        (("fp32", "fp16"), True, ("of export", "of feeds")),
+        (("fp32", "int8"), True, ("of export", "of feeds", "of calibration")),
+        (("int8",), False, ("of export", "of feeds")),
+    ],
+)
+def test_notes_are_of_what_was_run(
+    model: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precisions: tuple[Precision, ...],
+    calibrates: bool,
+    notes: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(OnnxFileModel, "notes", lambda self, of: [f"of {of}"])
+    request = RunRequest(pipeline=PIPELINE, precisions=precisions, verify="off")
+    options = {"inputs": inputs}
+    if not calibrates:
+        ranges, _ = api.calibrate(model, options=options, request=request)
+        ranges.save(tmp_path / "ranges.json")
+        request = replace(request, ranges=tmp_path / "ranges.json")
+    assert api.run(model, options=options, request=request).notes == notes
 
 
 INTEGERS = """

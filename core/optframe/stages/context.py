@@ -14,7 +14,7 @@ from optframe.accuracy import Limits
 from optframe.gate import Verify
 from optframe.registry import Kind, Registry
 from optframe.stages.runner import StageRunner, Worker
-from optframe.types import DEFAULT_CALIBRATOR, PRECISIONS, ModelAdapter, Precision
+from optframe.types import DEFAULT_CALIBRATOR, PRECISIONS, ModelAdapter, Part, Precision
 
 MODEL_FILE = "model.onnx"
 SAMPLES_FILE = "samples.npz"
@@ -89,7 +89,7 @@ class Context:
         """Return whose code several contributions are."""
         return [self.owner(kind, name) for name in names]
 
-    def key(self, of: Literal["export", "feeds", "calibration"]) -> tuple[dict[str, Path], dict[str, object]]:
+    def key(self, of: Part) -> tuple[dict[str, Path], dict[str, object]]:
         """Return the adapter's dependencies: inputs, which are hashed by content, and options."""
         items = {f"{of}.{name}": value for name, value in self.adapter.dependencies(of).items()}
         paths = {name: value for name, value in items.items() if isinstance(value, Path)}

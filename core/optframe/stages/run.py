@@ -5,7 +5,7 @@ export, optimize, reference; then for each precision: calibrate, precision, buil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ from optframe.stages.context import (
 from optframe.stages.conversion import Conversion
 from optframe.stages.engines import EngineStages, check_options
 from optframe.stages.runner import StageResult, StageRunner
-from optframe.types import ModelAdapter, Outputs
+from optframe.types import ModelAdapter, Outputs, Precision
 
 DUMP_FOLDER = "passes"
 REPRODUCERS_FOLDER = "reproducers"
@@ -219,7 +219,7 @@ class Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
             warnings=(*facts["warnings"], *self.context.warnings),
-            notes=tuple(self.context.adapter.notes()),
+            notes=tuple(self._notes({run.precision for run in runs})),
             flops=Change(*(self._flops(model) for model in (before, after))),
             provenance=report.count_provenance(after),
             made=tuple(made_nodes(after)),
@@ -228,6 +228,15 @@ class Run:
             environment=environment.describe(),
             sensitivity=sensitivity,
         )
+
+    def _notes(self, precisions: Collection[Precision]) -> Iterator[str]:
+        """Yield what the model says of the parts that it had in the run, and why a precision is not in it."""
+        request, adapter = self.context.request, self.context.adapter
+        yield from (*adapter.notes("export"), *adapter.notes("feeds"))
+        if "int8" in precisions and request.ranges is None:
+            yield from adapter.notes("calibration")
+        if request.optional and "int8" not in request.precisions:
+            yield "INT8 was left out: there is nothing to calibrate it on; pass --inputs or --calibration-images."
 
     def _flops(self, model: ir.Model) -> float:
         shapes, ops = self.context.input_shapes, self.context.registry.ops()

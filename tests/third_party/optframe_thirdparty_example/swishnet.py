@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ import onnxruntime
 
 from optframe import graph
 from optframe.errors import CheckFailed, InputError
-from optframe.types import Feeds, Illustration, Outputs
+from optframe.types import Feeds, Illustration, Outputs, Part
 
 Array = np.ndarray[Any, Any]
 CHANNELS, CLASSES, KERNEL = 8, 5, 3
@@ -42,13 +42,13 @@ class SwishNetAdapter:
     def __init__(self, options: SwishNetOptions) -> None:
         self.options = options
 
-    def dependencies(self, of: Literal["export", "feeds", "calibration"]) -> Mapping[str, object]:
+    def dependencies(self, of: Part) -> Mapping[str, object]:
         """Return the options: everything depends on both."""
         return {"size": self.options.size, "seed": self.options.seed}
 
-    def notes(self) -> Sequence[str]:
+    def notes(self, of: Part) -> Sequence[str]:
         """Say that nothing was trained."""
-        return ["The weights are random."]
+        return ["The weights are random."] if of == "export" else []
 
     @cached_property
     def weights(self) -> dict[str, Array]:
