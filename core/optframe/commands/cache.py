@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import UTC, datetime
-from typing import Annotated
 
 import typer
 
+from optframe.commands import options as shared
 from optframe.session import Session
 from optframe.store import Store
 
@@ -17,7 +17,7 @@ cache = typer.Typer(help="Show or empty the cache of stages.", no_args_is_help=T
 @cache.command()
 def info(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Show where the cache is, how large it may grow, and what each stage keeps in it."""
     from rich.table import Table

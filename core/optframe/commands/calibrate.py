@@ -29,18 +29,16 @@ SHOWN_LAYERS = 20
 
 def calibrate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, or the path of an ONNX file.")],
+    model: shared.ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="CACHE.json", help="Where the ranges go.")],
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Images to calibrate on.")] = None,
     inputs: shared.Inputs = None,
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights; never executes code.")] = None,
-    shape: Annotated[str | None, typer.Option(metavar="NxCxHxW", help="Input shape.")] = None,
-    model_option: Annotated[
-        list[str] | None, typer.Option("--model-option", metavar="NAME=VALUE", help="Another option of the model.")
-    ] = None,
+    checkpoint: shared.Checkpoint = None,
+    shape: shared.Shape = None,
+    model_option: shared.ModelOption = None,
     pipeline: shared.Pipeline = None,
     verify: shared.Verify = "each",
-    calibrator: Annotated[str, typer.Option(metavar="NAME", help="How ranges are chosen.")] = DEFAULT_CALIBRATOR,
+    calibrator: shared.Calibrator = DEFAULT_CALIBRATOR,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Rank layers by the error that INT8 in them causes.")
     ] = False,
@@ -50,7 +48,7 @@ def calibrate(
     runs: Annotated[
         int, typer.Option(help="Variants of the model that --sensitivity may run to rank layers.", min=1)
     ] = DEFAULT_RUNS,
-    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse what did not change.")] = True,
+    cache: shared.Cache = True,
     as_json: shared.AsJson = False,
 ) -> None:
     """Export and optimise MODEL as `optframe run` does, measure its INT8 ranges, and write them to CACHE.json.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from optframe import environment
 from optframe.backend import BuildsElsewhere, NamesOptions
+from optframe.commands import options as shared
 from optframe.commands.plugins import problem_facts, problem_table, wrapping_table
 from optframe.errors import EnvironmentLacks, OptframeError, describe
 
@@ -23,7 +24,7 @@ NEEDED_BACKEND = "onnxruntime"
 
 def doctor(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Say what works on this machine: Python, libraries, GPU, each backend, each plugin; and what mends the rest.
 
@@ -33,7 +34,7 @@ def doctor(
     backends = backend_facts(session.quiet_registry)
     facts = {**environment.describe(), "backends": backends}
     problems = session.take_problems()
-    if json:
+    if as_json:
         session.print_json({**facts, "problems": [problem_facts(problem) for problem in problems]})
     else:
         session.console.print(_machine_table(facts), _library_table(facts), _backend_table(backends))

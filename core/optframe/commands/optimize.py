@@ -31,7 +31,7 @@ def optimize(
         str, typer.Option(metavar="NAME", help="fp32, fp16, or int8, which needs --calibration-cache.")
     ] = "fp32",
     calibration_cache: shared.CalibrationCache = None,
-    int8_keep: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Nodes to leave out of INT8.")] = None,
+    int8_keep: shared.Int8Keep = None,
     int8_base: shared.Int8Base = "fp32",
     as_json: shared.AsJson = False,
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,49 +13,92 @@ from optframe.types import PRECISIONS, Precision
 
 VerifyChoice = Literal["each", "end", "off"]
 
-Inputs = Annotated[Path | None, typer.Option("--inputs", metavar="FILE.npz", help="Real inputs, arrays by input name.")]
+MODEL_PANEL = "The model"
+GRAPH_PANEL = "Graph and precision"
+ENGINE_PANEL = "Engine and output"
+
+
+def _option(panel: str, *names: str, **details: Any) -> Any:
+    """Return the declaration of an option that the help shows in `panel`."""
+    return typer.Option(*names, rich_help_panel=panel, **details)
+
+
+_model, _graph, _engine = (partial(_option, panel) for panel in (MODEL_PANEL, GRAPH_PANEL, ENGINE_PANEL))
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, or the path of an ONNX file.")]
+Inputs = Annotated[Path | None, _model("--inputs", metavar="FILE.npz", help="Real inputs, arrays by input name.")]
+Checkpoint = Annotated[Path | None, _model("--checkpoint", metavar="FILE", help="Weights; never executes code.")]
+Variant = Annotated[str | None, _model("--variant", help="Which of its variants.")]
+Shape = Annotated[str | None, _model("--shape", metavar="NxCxHxW", help="Input shape.")]
+Opset = Annotated[int | None, _model("--opset", help="ONNX opset to export.")]
+Exporter = Annotated[str | None, _model("--exporter", help="torchscript or dynamo.")]
+Mask = Annotated[bool, _model("--mask", help="With a padding mask as second input.")]
+Dynamic = Annotated[bool, _model("--dynamic", help="With free batch, height and width.")]
+MeasuredImages = Annotated[Path | None, _model("--images", metavar="PATH", help="An image or a folder to measure on.")]
+CalibrationImages = Annotated[
+    Path | None, _model("--calibration-images", metavar="DIR", help="Images for INT8 ranges.")
+]
+ModelOption = Annotated[
+    list[str] | None, _model("--model-option", metavar="NAME=VALUE", help="Another option of the model.")
+]
+
 Pipeline = Annotated[
-    str | None, typer.Option("--pipeline", metavar="TEXT", help="Passes and pipelines, separated by commas.")
+    str | None, _graph("--pipeline", metavar="TEXT", help="Passes and pipelines, separated by commas.")
 ]
-Verify = Annotated[
-    VerifyChoice, typer.Option("--verify", help="Compare after each pass, once at the end, or not at all.")
+Verify = Annotated[VerifyChoice, _graph("--verify", help="Compare after each pass, once at the end, or not at all.")]
+Dump = Annotated[Path | None, _graph("--dump", metavar="DIR", help="Keep the model after each pass here.")]
+StopAfter = Annotated[str | None, _graph("--stop-after", metavar="PASS", help="End the pipeline after PASS.")]
+Precisions = Annotated[
+    str | None,
+    _graph("--precision", metavar="LIST", help="Of fp32, fp16, int8; default: all that there is data for."),
 ]
-Dump = Annotated[Path | None, typer.Option("--dump", metavar="DIR", help="Keep the model after each pass here.")]
-StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="End the pipeline after PASS.")]
-Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="What builds and runs the engine.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto: the best there is.")]
+Calibrator = Annotated[str, _graph("--calibrator", metavar="NAME", help="How INT8 ranges are chosen.")]
+Int8Keep = Annotated[list[str] | None, _graph("--int8-keep", metavar="PATTERN", help="Nodes to leave out of INT8.")]
+Int8Base = Annotated[Literal["fp32", "fp16"], _graph("--int8-base", help="Precision of what stays out of INT8.")]
+CalibrationCache = Annotated[
+    Path | None, _graph("--calibration-cache", metavar="FILE", help="INT8 ranges that `optframe calibrate` wrote.")
+]
+SensitivityFor = Annotated[
+    float | None,
+    _graph(
+        "--sensitivity",
+        metavar="ERROR",
+        help="Rank layers by what INT8 in them costs; say which to keep for this error over response.",
+    ),
+]
+
+Backend = Annotated[str, _engine("--backend", metavar="NAME", help="What builds and runs the engine.")]
+Backends = Annotated[str, _engine("--backend", metavar="LIST", help="What builds and runs engines.")]
 BackendOption = Annotated[
-    list[str] | None, typer.Option("--backend-option", metavar="NAME=VALUE", help="An option of the backend.")
+    list[str] | None,
+    _engine("--backend-option", metavar="NAME=VALUE", help="An option of the backend; `optframe doctor` lists them."),
 ]
 Plugins = Annotated[
     str | None,
-    typer.Option(
+    _engine(
         "--plugins", metavar="all|none|LIST", help="Which ops run as plugin kernels; `run` builds with and without."
     ),
 ]
 ComputeCapability = Annotated[
-    str | None,
-    typer.Option("--compute-capability", metavar="LIST", help="GPUs to build for, such as sm86,sm89,sm120."),
+    str | None, _engine("--compute-capability", metavar="LIST", help="GPUs to build for, such as sm86,sm89,sm120.")
 ]
 Profile = Annotated[
     list[str] | None,
-    typer.Option(
+    _engine(
         "--profile",
         metavar="NAME=MIN/OPT/MAX,...",
         help="Range of dynamic dimensions, by name, or of an input's shape; repeat for several profiles.",
     ),
 ]
 Workspace = Annotated[
-    int | None, typer.Option("--workspace", metavar="MIB", help="Scratch memory that a layer may take.", min=1)
+    int | None, _engine("--workspace", metavar="MIB", help="Scratch memory that a layer may take.", min=1)
 ]
 OptimizationLevel = Annotated[
-    int | None, typer.Option("--optimization-level", metavar="0-5", help="How much the builder tries.", min=0)
+    int | None, _engine("--optimization-level", metavar="0-5", help="How much the builder tries.", min=0)
 ]
-Int8Base = Annotated[Literal["fp32", "fp16"], typer.Option("--int8-base", help="Precision of what stays out of INT8.")]
-CalibrationCache = Annotated[
-    Path | None,
-    typer.Option("--calibration-cache", metavar="FILE", help="INT8 ranges that `optframe calibrate` wrote."),
-]
+Device = Annotated[str, _engine("--device", metavar="NAME", help="cpu, cuda, or auto: the best there is.")]
+RunFolder = Annotated[Path | None, _engine("--out", metavar="DIR", help="Default: runs/MODEL.")]
+Cache = Annotated[bool, _engine("--cache/--no-cache", help="Reuse what did not change.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 

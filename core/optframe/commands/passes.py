@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from optframe.commands import options as shared
 from optframe.commands.plugins import wrapping_table
 from optframe.pass_options import describe_type, option_default, option_types, show_value
 from optframe.pipeline import Pipeline
@@ -27,16 +28,16 @@ EXAMPLE_HEADING = "Example:\n"
 def passes(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="A pass or pipeline to explain.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """List passes and pipelines, or explain the one called NAME: what it does, its options, its place in the order."""
     session: Session = context.obj
     if name is None:
         rows = _all_steps(session.registry)
-        session.print_json(rows) if json else session.console.print(_table(rows))
+        session.print_json(rows) if as_json else session.console.print(_table(rows))
         return
     facts = step_facts(session.registry, name)
-    session.print_json(facts) if json else session.console.print(_page(facts))
+    session.print_json(facts) if as_json else session.console.print(_page(facts))
 
 
 def step_facts(registry: Registry, name: str) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from optframe.commands import options as shared
 from optframe.registry import Registry, identifier, kind_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def plugins(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """List the installed plugins: where each comes from, what it contributes, and what is wrong with it.
 
@@ -26,7 +27,7 @@ def plugins(
     """
     session: Session = context.obj
     registry, problems = session.quiet_registry, session.take_problems()
-    if json:
+    if as_json:
         listed = [
             {**_owner(plugin), "state": plugin.state, "contributions": _offers(registry, plugin)}
             for plugin in registry.host.plugins

@@ -28,9 +28,7 @@ def profile(
     inputs: shared.Inputs = None,
     backend: shared.Backend = "onnxruntime",
     device: shared.Device = "auto",
-    backend_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the backend.")
-    ] = None,
+    backend_option: shared.BackendOption = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Time MODEL after a warm-up: at least 30 runs, or 10 seconds, whichever is first.

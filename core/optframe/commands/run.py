@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -24,89 +24,41 @@ from optframe.types import DEFAULT_CALIBRATOR, PRECISIONS, Precision
 if TYPE_CHECKING:
     from optframe.registry import Registry
 
-MODEL_PANEL = "The model"
-GRAPH_PANEL = "Graph and precision"
-OUTPUT_PANEL = "Engine and output"
-
 
 def run(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, or the path of an ONNX file.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights; never executes code.", rich_help_panel=MODEL_PANEL)
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Which of its variants.", rich_help_panel=MODEL_PANEL)] = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NxCxHxW", help="Input shape.", rich_help_panel=MODEL_PANEL)
-    ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset to export.", rich_help_panel=MODEL_PANEL)] = None,
-    exporter: Annotated[str | None, typer.Option(help="torchscript or dynamo.", rich_help_panel=MODEL_PANEL)] = None,
-    mask: Annotated[
-        bool, typer.Option("--mask", help="With a padding mask as second input.", rich_help_panel=MODEL_PANEL)
-    ] = False,
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="With free batch, height and width.", rich_help_panel=MODEL_PANEL)
-    ] = False,
-    images: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="An image or a folder to measure on.", rich_help_panel=MODEL_PANEL),
-    ] = None,
-    calibration_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Images for INT8 ranges.", rich_help_panel=MODEL_PANEL)
-    ] = None,
+    model: shared.ModelName,
+    checkpoint: shared.Checkpoint = None,
+    variant: shared.Variant = None,
+    shape: shared.Shape = None,
+    opset: shared.Opset = None,
+    exporter: shared.Exporter = None,
+    mask: shared.Mask = False,
+    dynamic: shared.Dynamic = False,
+    images: shared.MeasuredImages = None,
+    calibration_images: shared.CalibrationImages = None,
     inputs: shared.Inputs = None,
-    model_option: Annotated[
-        list[str] | None,
-        typer.Option("--model-option", metavar="NAME=VALUE", help="Another option of it.", rich_help_panel=MODEL_PANEL),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Of fp32, fp16, int8; default: all that there is data for.",
-            rich_help_panel=GRAPH_PANEL,
-        ),
-    ] = None,
+    model_option: shared.ModelOption = None,
+    precision: shared.Precisions = None,
     pipeline: shared.Pipeline = None,
     verify: shared.Verify = "each",
     stop_after: shared.StopAfter = None,
     dump: shared.Dump = None,
-    calibrator: Annotated[
-        str, typer.Option(metavar="NAME", help="How INT8 ranges are chosen.", rich_help_panel=GRAPH_PANEL)
-    ] = DEFAULT_CALIBRATOR,
-    int8_keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Nodes to leave out of INT8.", rich_help_panel=GRAPH_PANEL),
-    ] = None,
+    calibrator: shared.Calibrator = DEFAULT_CALIBRATOR,
+    int8_keep: shared.Int8Keep = None,
     int8_base: shared.Int8Base = "fp32",
     calibration_cache: shared.CalibrationCache = None,
-    sensitivity: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ERROR",
-            help="Rank layers by what INT8 in them costs; say which to keep for this error over response.",
-            rich_help_panel=GRAPH_PANEL,
-        ),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(metavar="LIST", help="What builds and runs engines.", rich_help_panel=OUTPUT_PANEL)
-    ] = "onnxruntime",
-    backend_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the backend.", rich_help_panel=OUTPUT_PANEL),
-    ] = None,
+    sensitivity: shared.SensitivityFor = None,
+    backend: shared.Backends = "onnxruntime",
+    backend_option: shared.BackendOption = None,
     plugins: shared.Plugins = None,
     compute_capability: shared.ComputeCapability = None,
     profile: shared.Profile = None,
     workspace: shared.Workspace = None,
     optimization_level: shared.OptimizationLevel = None,
     device: shared.Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Default: runs/MODEL.", rich_help_panel=OUTPUT_PANEL)
-    ] = None,
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Reuse what did not change.", rich_help_panel=OUTPUT_PANEL)
-    ] = True,
+    out: shared.RunFolder = None,
+    cache: shared.Cache = True,
     as_json: shared.AsJson = False,
 ) -> None:
     """Export, optimise, convert, build, verify and time MODEL; write report.html, report.json and engines to --out."""
