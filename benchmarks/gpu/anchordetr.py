@@ -156,7 +156,7 @@ def measure_ours(bench: Bench, precision: str, path: Path) -> tuple[dict[str, An
     run, fetch, runner = bench.ours(precision)
     seconds = time.perf_counter() - start
     row = {**bench.row(OURS, precision, True, run, fetch), "load_s": round(seconds, 1)}
-    compiled = [chain for e in runner.function._programs.values() for chain in chains(e.program.steps)]
+    compiled = [chain for e in runner.loaded._programs.values() for chain in chains(e.program.steps)]
     row["chains"] = len(compiled)
     row["chains_compiled"] = sum(c.compiled_us is not None and c.compiled_us < (c.eager_us or 0) for c in compiled)
     row["compile_s"] = round(sum(chain.seconds for chain in compiled), 1)

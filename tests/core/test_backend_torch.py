@@ -72,7 +72,7 @@ SHAPES = """graph (float[batch, n] x) => (float[batch, m] y) {
 def test_shape_arithmetic_is_done_once_for_each_size(tmp_path: Path) -> None:
     runner = assert_same(model(SHAPES), {"x": floats(2, 6)}, tmp_path)
     runner.run({"x": floats(3, 4)})
-    programs = [executable.program for executable in runner.function._programs.values()]
+    programs = [executable.program for executable in runner.loaded._programs.values()]
     assert [[step.op for step in program.steps] for program in programs] == [["Reshape", "Relu", "Reshape"]] * 2
     assert all(program.fixed for program in programs)
 
@@ -90,7 +90,7 @@ def test_a_branch_that_depends_on_values_is_chosen_in_each_run(condition: bool, 
     runner = assert_same(model(BRANCHES), {"c": np.array(condition), "x": floats(4)}, tmp_path)
     other = runner.run({"c": np.array(not condition), "x": floats(4)})["y"]
     np.testing.assert_allclose(other, floats(4) * (3.0 if condition else 2.0), rtol=1e-6)  # one rounding each
-    assert not any(executable.program.fixed for executable in runner.function._programs.values())
+    assert not any(executable.program.fixed for executable in runner.loaded._programs.values())
 
 
 LOOP = """graph (int64 n, float[2] x) => (float[2] last, float[k, 2] all) {
@@ -179,10 +179,10 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(proto: onnx.ModelProto, feeds: dict[str, Array]) -> tuple[Array, Array, Counter[str]]:
     """Return the output without and with the rewrites for a GPU, and the ops that are left then."""
     plain, runner = opened(proto).run(feeds)["y"], opened(proto)
-    runner.function.optimize = fuse.optimize
+    runner.loaded.optimize = fuse.optimize
     runner.run(feeds)
     result = runner.run(feeds)["y"]
-    steps = next(iter(runner.function._programs.values())).program.steps
+    steps = next(iter(runner.loaded._programs.values())).program.steps
     return plain, result, Counter(step.op for step in steps)
 
 

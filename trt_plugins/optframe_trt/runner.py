@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from optframe import details, files, store
 from optframe.backends.inputs import ModelInput, check_feeds
+from optframe.backends.runner import ClosableRunner
 from optframe.details import EngineDetails
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.registry import default_registry
@@ -52,7 +53,7 @@ class _Bound:
             buffer.close()
 
 
-class TensorRTRunner:
+class TensorRTRunner(ClosableRunner["trt.IExecutionContext"]):
     """Runs a deserialised engine. Follows `optframe.backend.Runner`, `DeviceRunner` and `DetailedRunner`.
 
     Not for several threads at once: a context runs one inference at a time.
@@ -79,7 +80,7 @@ class TensorRTRunner:
         self._stream = Stream()
         self._held: list[_Bound | Graph] = []
         self._cache: Any = None
-        self._open: trt.IExecutionContext | None = self._make_context()
+        super().__init__(self._make_context())
 
     @classmethod
     def load(cls, path: Path, facts: EngineFacts) -> Self:
@@ -131,12 +132,6 @@ class TensorRTRunner:
     def _cache_path(self) -> Path:
         name = f"kernels-{self._facts.hashes['engine'][:16]}-{self._flavour.version}-{present_target()}.cache"
         return store.default_root() / self._flavour.name / name
-
-    @property
-    def _context(self) -> trt.IExecutionContext:
-        if self._open is None:
-            raise RuntimeError("this runner is closed")
-        return self._open
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference and return all outputs by name.
@@ -191,7 +186,7 @@ class TensorRTRunner:
     def _bind(self, feeds: Feeds) -> _Bound:
         """Choose a profile, set shapes, and give every input and output memory."""
         arrays = check_feeds(feeds, self._inputs, self._label)
-        context = self._context
+        context = self.loaded
         self._choose_profile(arrays)
         for name, array in arrays.items():
             if not context.set_input_shape(name, array.shape):
@@ -217,7 +212,7 @@ class TensorRTRunner:
             return
         for number in range(self._engine.num_optimization_profiles):
             if all(self._holds(number, name, array.shape) for name, array in arrays.items()):
-                self._context.set_optimization_profile_async(number, self._stream.value)
+                self.loaded.set_optimization_profile_async(number, self._stream.value)
                 self._stream.synchronize()
                 return
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
@@ -242,7 +237,7 @@ class TensorRTRunner:
             buffer.download(array, self._stream)
 
     def _execute(self) -> None:
-        done = self._context.execute_async_v3(self._stream.value)
+        done = self.loaded.execute_async_v3(self._stream.value)
         self._registration.raise_errors()
         if not done:
             raise InputError(f"{self._label} failed: {_last(self._log)}")
@@ -288,7 +283,7 @@ class TensorRTRunner:
 
     def _layer_times(self) -> dict[str, float]:
         """Return layer name -> mean milliseconds over some runs, through a profiler, which stays with the context."""
-        context = self._context
+        context = self.loaded
         profiler = _make_profiler(self._flavour)
         context.profiler = profiler
         context.enqueue_emits_profile = True
@@ -301,14 +296,11 @@ class TensorRTRunner:
     def _information(self) -> dict[str, Any]:
         """Return what TensorRT's inspector tells of the engine's layers."""
         inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context
+        inspector.execution_context = self.loaded
         told: dict[str, Any] = json.loads(
             inspector.get_engine_information(self._flavour.module.LayerInformationFormat.JSON)
         )
         return told
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -320,7 +312,7 @@ class TensorRTRunner:
             held.close()
         if self._cache is not None:
             files.write_bytes(self._cache_path(), bytes(self._cache.serialize()))
-        self._open = None
+        super().__exit__(kind, error, trace)
         self._stream.close()
 
 

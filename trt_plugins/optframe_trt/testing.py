@@ -72,11 +72,12 @@ def _infos(spec: OpSpec, inputs: Mapping[str, Array]) -> list[TensorInfo | None]
 
 
 def draw_cases(
-    spec: OpSpec, draw: Draw, rng: np.random.Generator, attributes: Mapping[str, Any], trials: int
+    spec: OpSpec, draw: Draw, seed: int | np.random.Generator, attributes: Mapping[str, Any] | None, trials: int
 ) -> Iterator[Case]:
     """Yield calls for each dtype that inputs take, and for mixed ones, as far as the op's rules accept them."""
+    rng = np.random.default_rng(seed)
     names = dict.fromkeys(dtype for parameter in spec.inputs for dtype in parameter.dtypes)
-    given = {name: attribute.default for name, attribute in spec.attributes.items()} | dict(attributes)
+    given = {name: attribute.default for name, attribute in spec.attributes.items()} | dict(attributes or {})
     found = 0
     for wanted in [*names, *[None] * len(names)] * trials:
         drawn = draw(rng)
@@ -305,7 +306,7 @@ def assert_build_contract(
         target: the compute capability to build for.
         trials: how many calls are drawn for each dtype.
     """
-    cases = list(draw_cases(spec, draw, np.random.default_rng(seed), attributes or {}, trials))
+    cases = list(draw_cases(spec, draw, seed, attributes, trials))
     for case in cases:
         engine, registration = build_engine(flavour, case, target)
         (compiled,) = registration.kernels.values()
@@ -358,8 +359,7 @@ def assert_ptx_contract(
     """
     nvrtc.compile_ptx("")
     kernel, capability = kernels.kernel_of(spec), kernels.capability(target)
-    cases = draw_cases(spec, draw, np.random.default_rng(seed), attributes or {}, trials)
-    defines = dict.fromkeys(case.launch.defines for case in cases)
+    defines = dict.fromkeys(case.launch.defines for case in draw_cases(spec, draw, seed, attributes, trials))
     jobs = [(kernel.read_source(), kernel.source, chosen, (capability,)) for chosen in defines]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", COMPILE]

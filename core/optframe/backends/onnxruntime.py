@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,7 @@ import onnx_ir as ir
 from optframe import environment, graph
 from optframe.backend import BuildOptions, Engine
 from optframe.backends.inputs import ModelInput, check_feeds
+from optframe.backends.runner import ClosableRunner
 from optframe.backends.settings import load_settings, parse_settings, save_settings
 from optframe.errors import EnvironmentLacks, InputError, OptframeError, unknown_name
 from optframe.types import Feeds, Outputs, Precision
@@ -356,11 +357,11 @@ def _tensor_type(kind: str, what: str) -> ir.DataType:
     return TENSOR_TYPES[kind]
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(ClosableRunner[Any]):
     """Runs a session on NumPy arrays in host memory. Follows `optframe.backend.Runner`."""
 
     def __init__(self, session: Any, label: str) -> None:
-        self._open: Any = session
+        super().__init__(session)
         self._label = label
         self._inputs = [
             ModelInput(value.name, _tensor_type(value.type, f"input '{value.name}'"), tuple(value.shape) or None)
@@ -370,12 +371,6 @@ class OnnxRuntimeRunner:
         output_types = {_tensor_type(value.type, f"output '{value.name}'") for value in session.get_outputs()}
         self._types = output_types | {value.data_type for value in self._inputs}
 
-    @property
-    def _session(self) -> Any:
-        if self._open is None:
-            raise RuntimeError("this runner is closed")
-        return self._open
-
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference and return all outputs by name.
 
@@ -383,7 +378,7 @@ class OnnxRuntimeRunner:
             InputError: names, dtypes or shapes of `feeds` are not those of the model, or an op fails on them.
             EnvironmentLacks: memory does not suffice.
         """
-        session, arrays = self._session, self._check(feeds)
+        session, arrays = self.loaded, self._check(feeds)
         try:
             outputs = self._execute(session, arrays)
         except Exception as error:  # onnxruntime's exceptions have no common base
@@ -402,14 +397,6 @@ class OnnxRuntimeRunner:
     def _check(self, feeds: Feeds) -> dict[str, Array]:
         """A session tells a shape of no dimensions for a scalar and for an unknown rank: then the model decides."""
         return check_feeds(feeds, self._inputs, self._label)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open = None
 
 
 class BoundRun:
@@ -463,7 +450,7 @@ class CudaRunner(OnnxRuntimeRunner):
         Raises:
             InputError: names, dtypes or shapes of `feeds` are not those of the model.
         """
-        return BoundRun(self._session, self._check(feeds), self._outputs, self.device)
+        return BoundRun(self.loaded, self._check(feeds), self._outputs, self.device)
 
 
 class CudaGraphRunner(CudaRunner):
@@ -480,7 +467,7 @@ class CudaGraphRunner(CudaRunner):
 
         The buffers are those of `run` on the same shapes, which writes its own inputs into them.
         """
-        return self._graph(self._session, self._check(feeds))
+        return self._graph(self.loaded, self._check(feeds))
 
     def _execute(self, session: Any, arrays: Mapping[str, Array]) -> Sequence[Array]:
         graph = self._graph(session, arrays)

@@ -6,13 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optframe.backends.inputs import ModelInput, check_feeds
+from optframe.backends.runner import ClosableRunner
 from optframe.backends.torch.dtypes import to_numpy, to_torch
 from optframe.backends.torch.program import Executable
 from optframe.backends.torch.trace import Function, Signature, signature
@@ -38,19 +39,12 @@ def arithmetic(tf32: bool) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
-class TorchRunner:
+class TorchRunner(ClosableRunner[Function]):
     """Runs a model's function on the CPU. Follows `optframe.backend.Runner`."""
 
     def __init__(self, function: Function, inputs: Sequence[ModelInput], outputs: Sequence[str], label: str) -> None:
-        self._open: Function | None = function
+        super().__init__(function)
         self._inputs, self._outputs, self._label = list(inputs), list(outputs), label
-
-    @property
-    def function(self) -> Function:
-        """What runs: a function of the inputs' tensors."""
-        if self._open is None:
-            raise RuntimeError("this runner is closed")
-        return self._open
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one inference and return all outputs by name.
@@ -59,7 +53,7 @@ class TorchRunner:
             InputError: names, dtypes or shapes of `feeds` are not those of the model, or an op fails on them.
             EnvironmentLacks: memory does not suffice.
         """
-        function, arrays = self.function, check_feeds(feeds, self._inputs, self._label)
+        function, arrays = self.loaded, check_feeds(feeds, self._inputs, self._label)
         with self._memory():
             outputs = self._execute(function, [to_torch(array) for array in arrays.values()])
         return dict(zip(self._outputs, outputs, strict=True))
@@ -74,14 +68,6 @@ class TorchRunner:
             yield
         except torch.OutOfMemoryError as error:
             raise EnvironmentLacks(f"{self._label}: not enough memory on the GPU: use a smaller batch") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open = None
 
 
 class CudaGraph:
@@ -142,7 +128,7 @@ class CudaRunner(TorchRunner):
         """
         arrays = check_feeds(feeds, self._inputs, self._label)
         with arithmetic(self._tf32), self._memory():
-            step = self._step(self.function, [to_torch(array) for array in arrays.values()])
+            step = self._step(self.loaded, [to_torch(array) for array in arrays.values()])
             torch.cuda.synchronize()
 
         def run() -> None:
