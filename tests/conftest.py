@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> np.random.Generator:
     """A random generator with a fresh seed, see `seed`."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def benchmark_module() -> Iterator[Callable[[str], ModuleType]]:
+    """A function that imports a file of `benchmarks`, "graph/measure.py", under its name without the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load(name: str) -> ModuleType:
+            path = Path(__file__).parents[1] / "benchmarks" / name
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, path.stem, module)
+            spec.loader.exec_module(module)
+            return module
+
+        yield load
 
 
 @pytest.fixture

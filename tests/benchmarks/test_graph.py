@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,14 +31,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure", FOLDER / "measure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "measure", module)
-    spec.loader.exec_module(module)
-    return module
+def measure(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("graph/measure.py")
 
 
 def bench(model: Path, *arguments: object) -> tuple[dict[str, Any], str]:
