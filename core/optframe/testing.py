@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 
 from optframe import graph, numerics, ops
@@ -48,6 +49,26 @@ def host_with(*plugins: object) -> PluginHost:
     for plugin in plugins:
         host.register(plugin, plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__)
     return host
+
+
+def model_from_text(text: str, opset: int = 18, *, domains: Sequence[str] = (), **weights: Array) -> ir.Model:
+    """Return the model of a graph in onnx's textual syntax, as "g (float[2] x, float w) => (float[2] y) { ... }".
+
+    `weights` become initialisers, in the place of inputs of their names. It imports version 1 of each of `domains`. A
+    node without a name gets its op type and number.
+
+    Raises:
+        onnx.parser.ParseError: `text` is no graph; the message says where.
+    """
+    imports = ", ".join([f'"" : {opset}', *(f'"{domain}" : 1' for domain in domains)])
+    proto = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{imports}]>\n{text}")
+    kept = [value for value in proto.graph.input if value.name not in weights]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    for number, node in enumerate(proto.graph.node):
+        node.name = node.name or f"{node.op_type}{number}"
+    return ir.from_proto(proto)
 
 
 def assert_plugin_contract(*plugins: object) -> Registry:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -15,6 +14,7 @@ from optframe import graph
 from optframe.precision import to_fp16
 from optframe.precision.centring import centre
 from optframe.shapes import inferred
+from optframe.testing import model_from_text
 from optframe.types import OpParameter, OpSpec
 
 Array = np.ndarray[Any, Any]
@@ -34,15 +34,7 @@ MEANS = {
 
 
 def parse(text: str, opset: int = 18, **weights: Array) -> ir.Model:
-    weights = weights | {"one": np.array([1], np.int64)}
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}, "my" : 1]>\n{text}')
-    kept = [value for value in proto.graph.input if value.name not in weights]
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"{node.op_type}{index}"
-    return ir.from_proto(proto)
+    return model_from_text(text, opset, domains=["my"], one=np.array([1], np.int64), **weights)
 
 
 def run(model: ir.Model, **feeds: Array) -> Array:

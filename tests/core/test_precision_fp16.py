@@ -15,6 +15,7 @@ import pytest
 from optframe import graph
 from optframe.passes import ORIGIN_KEY, SCOPE_KEY
 from optframe.precision import to_fp16
+from optframe.testing import model_from_text
 from optframe.types import OpParameter, OpSpec
 
 Array = np.ndarray[Any, Any]
@@ -24,19 +25,8 @@ HALF_EPSILON = 2.0**-11
 """Largest relative error of rounding to FP16."""
 
 
-def parse(text: str, opset: int = 18, **weights: Array) -> ir.Model:
-    """Return a model from a graph's text; `weights` are initialisers."""
-    header = f'<ir_version: 10, opset_import: ["" : {opset}, "my" : 1]>'
-    model = ir.from_proto(onnx.parser.parse_model(f"{header}\n{text}"))
-    for name, array in weights.items():
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        model.graph.register_initializer(value)
-        for node in model.graph.all_nodes():
-            for index, given in enumerate(node.inputs):
-                if given is not None and given.name == name and given is not value:
-                    node.replace_input_with(index, value)
-        model.graph.inputs[:] = [given for given in model.graph.inputs if given.name != name]
-    return model
+def parse(text: str, **weights: Array) -> ir.Model:
+    return model_from_text(text, domains=["my"], **weights)
 
 
 def run(model: ir.Model, **feeds: Array) -> list[Array]:

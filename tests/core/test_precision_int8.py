@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -18,23 +17,12 @@ from optframe.precision import Ranges, TensorRange, calibrate, quantize
 from optframe.precision.equalization import channel_groups, equalize, factors
 from optframe.precision.placement import place
 from optframe.shapes import inferred
+from optframe.testing import model_from_text
 from optframe_trt.calibrators import MinMaxCalibrator
 
 Array = np.ndarray[Any, Any]
 
 STEPS = 127
-
-
-def parse(text: str, opset: int = 18, **weights: Array) -> ir.Model:
-    """Return a model from a graph's text; `weights` are initialisers."""
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    kept = [value for value in proto.graph.input if value.name not in weights]
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
-    for index, node in enumerate(proto.graph.node):
-        node.name = node.name or f"{node.op_type}{index}"
-    return ir.from_proto(proto)
 
 
 def run(model: ir.Model, *, optimise: bool = True, **feeds: Array) -> list[Array]:
@@ -109,7 +97,7 @@ BOTTLENECKS = """g (float[1,8,12,9] x, float[8,8,1,1] w0, float[8,8,3,3] w1, flo
 def bottlenecks(rng: np.random.Generator) -> ir.Model:
     shapes = {"w0": (8, 8, 1, 1), "w1": (8, 8, 3, 3), "b1": (8,), "w2": (16, 8, 1, 1), "w3": (16, 8, 1, 1)}
     shapes |= {"w4": (8, 16, 1, 1), "w5": (16, 8, 1, 1), "w6": (8, 16, 1, 1), "w7": (4, 8, 1, 1)}
-    return parse(BOTTLENECKS, **{name: uneven(rng, shape) for name, shape in shapes.items()})
+    return model_from_text(BOTTLENECKS, **{name: uneven(rng, shape) for name, shape in shapes.items()})
 
 
 def uneven(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -147,7 +135,7 @@ def test_concat_shares_one_scale(rng: np.random.Generator) -> None:
         y = Conv(r, d)
     }"""
     shapes = {"a": (4, 3, 1, 1), "b": (2, 3, 1, 1), "c": (5, 6, 1, 1), "d": (2, 5, 1, 1)}
-    model = parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()})
+    model = model_from_text(text, **{name: f32(rng, *shape) for name, shape in shapes.items()})
     samples = [{"x": f32(rng, 1, 3, 6, 6)} for _ in range(2)]
     result = quantized(model, samples)
     [concat] = nodes(result, "Concat")
@@ -189,7 +177,7 @@ ATTENTION = """g (float[1,6,16] x, float[16,16] q, float[16,16] k, float[16,16] 
 
 def transformer(rng: np.random.Generator) -> ir.Model:
     shapes = dict.fromkeys("qkvo", (16, 16)) | {"up": (16, 64), "ub": (64,), "down": (64, 16), "gamma": (16,)}
-    return parse(ATTENTION, **{n: f32(rng, *s) / 4 for n, s in (shapes | {"head": (16, 5)}).items()})
+    return model_from_text(ATTENTION, **{n: f32(rng, *s) / 4 for n, s in (shapes | {"head": (16, 5)}).items()})
 
 
 @pytest.mark.parametrize(
@@ -228,7 +216,7 @@ def test_positions_and_what_is_constant_stay(rng: np.random.Generator) -> None:
         r = Relu(h)
         y = MatMul(r, a)
     }"""
-    model = inferred(parse(text, **{name: f32(rng, 8, 8) for name in "abc"}))
+    model = inferred(model_from_text(text, **{name: f32(rng, 8, 8) for name in "abc"}))
     assert [node.inputs[1].name for node in place(model).products] == ["c"]  # type: ignore[union-attr]
 
 
@@ -244,7 +232,7 @@ def test_small_linear_layers_behind_the_last_norm_are_a_head(rng: np.random.Gene
         y = MatMul(f, h2)
     }"""
     shapes = {"up": (64, 512), "down": (512, 64), "gamma": (64,), "h1": (64, 8), "h2": (8, 4)}
-    model = inferred(parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
+    model = inferred(model_from_text(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
     assert [node.inputs[1].name for node in place(model).products] == ["up", "down"]  # type: ignore[union-attr]
 
 
@@ -266,7 +254,7 @@ def test_the_smallest_linear_layers_stay_out_where_they_are_negligible_together(
         y = MatMul(h, head)
     }}"""
     shapes = {"s1": (64, 64), "s2": (64, 64), "up": (64, 512), "down": (512, 64), "head": (64, 8)}
-    model = inferred(parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
+    model = inferred(model_from_text(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
     names = [node.inputs[1].name for node in place(model).products]  # type: ignore[union-attr]
     assert names == placed.split()
     assert len(place(model, "linear").products) == 5
@@ -293,7 +281,7 @@ def layer(kind: str, rng: np.random.Generator) -> tuple[ir.Model, int]:
     text = f"g ({inputs}) => ({outputs}) {{ {body} y2 = Relu(y1) y = {last} }}"
     gains = np.exp(2 * f32(rng, shape[axis]))  # a scale for each channel has to cope with a factor of 1000 between them
     weight = f32(rng, *shape) * np.expand_dims(gains, tuple(i for i in range(len(shape)) if i != axis))
-    return parse(text, w=weight, b=f32(rng, 6), v=f32(rng, *((6, 3) if rank == 2 else (3, 6, 1, 1)))), axis
+    return model_from_text(text, w=weight, b=f32(rng, 6), v=f32(rng, *((6, 3) if rank == 2 else (3, 6, 1, 1)))), axis
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -357,7 +345,7 @@ def test_a_convolution_computes_what_its_integers_say(rng: np.random.Generator) 
 def test_int8_over_fp16_has_no_float32_products(opset: int, rng: np.random.Generator) -> None:
     text = BOTTLENECKS
     model = bottlenecks(rng)
-    model = parse(text, opset, **{name: graph.constant(v) for name, v in model.graph.initializers.items()})  # type: ignore[arg-type]
+    model = model_from_text(text, opset, **{name: graph.constant(v) for name, v in model.graph.initializers.items()})  # type: ignore[arg-type]
     samples = images(rng)
     result = quantized(model, samples, base="fp16")
     assert graph.opset(result) == 19
@@ -377,11 +365,11 @@ def test_int8_over_fp16_has_no_float32_products(opset: int, rng: np.random.Gener
 def test_int8_over_fp16_needs_a_lifted_model(rng: np.random.Generator) -> None:
     constants = {name: graph.constant(v) for name, v in bottlenecks(rng).graph.initializers.items()}
     with pytest.raises(InputError, match="needs opset 18 or later, the model has 17"):
-        quantized(parse(BOTTLENECKS, 17, **constants), images(rng, 1), base="fp16")  # type: ignore[arg-type]
+        quantized(model_from_text(BOTTLENECKS, 17, **constants), images(rng, 1), base="fp16")  # type: ignore[arg-type]
 
 
 def test_a_model_without_products_is_left_alone(rng: np.random.Generator) -> None:
-    model = parse("g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
+    model = model_from_text("g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
     heard: list[str] = []
     result = quantize(model, calibrate(model, [{"x": f32(rng, 2, 3)}], MinMaxCalibrator()), warn=heard.append)
     assert [node.op_type for node in result.graph] == ["Relu"]
@@ -430,7 +418,7 @@ def test_grouped_convolutions_are_equalised_too(rng: np.random.Generator) -> Non
         y = Conv(n, d)
     }"""
     shapes = {"a": (8, 3, 1, 1), "ab": (8,), "depthwise": (8, 1, 3, 3), "grouped": (12, 4, 1, 1), "d": (2, 12, 1, 1)}
-    model = inferred(parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
+    model = inferred(model_from_text(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
     result = model.clone()
     equalize(result, {n: tuple(np.exp(f32(rng, size)).tolist()) for n, size in (("h", 8), ("m", 8), ("n", 12))})
     x = f32(rng, 1, 3, 5, 5)
@@ -446,7 +434,7 @@ def test_channels_that_something_else_reads_are_not_scaled(reader: str, rng: np.
     text = f"""g (float[1,3,5,5] x, float[4,3,1,1] a, float[2,4,1,1] b, float[4] s, float[4,1,1] k)
                => (float[1,2,5,5] y, float[1,4,5,5] z) {{ h = Conv(x, a) y = Conv(h, b) {reader} }}"""
     shapes = {"a": (4, 3, 1, 1), "b": (2, 4, 1, 1), "s": (4,), "k": (4, 1, 1)}
-    model = inferred(parse(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
+    model = inferred(model_from_text(text, **{name: f32(rng, *shape) for name, shape in shapes.items()}))
     assert channel_groups(model.graph) == []
 
 
@@ -454,7 +442,7 @@ def test_factors_balance_activations_and_weights() -> None:
     inputs = "float[1,2,1,1] x, float[2,2,1,1] a, float[1,2,1,1] b"
     text = f"g ({inputs}) => (float[1,1,1,1] y) {{ h = Conv(x, a) y = Conv(h, b) }}"
     weights = {"a": np.ones((2, 2, 1, 1), np.float32), "b": np.array([1, 4], np.float32).reshape(1, 2, 1, 1)}
-    [group] = channel_groups(inferred(parse(text, **weights)).graph)
+    [group] = channel_groups(inferred(model_from_text(text, **weights)).graph)
     # roots of (1, 0.25) over (0.25, 1) are (2, 0.5), of mean 1
     assert factors(group, [np.array([8.0, 2.0])]) == pytest.approx((2.0, 0.5))
     assert factors(group, [np.zeros(2)]) == pytest.approx((2**0.5, 2**-0.5))  # idle: weights alone

@@ -17,7 +17,13 @@ import pytest
 
 from optframe.hookspec import hookimpl
 from optframe.passes import Dialect, GraphPass, PassContext, PassResult
-from optframe.testing import assert_op_contract, assert_pass_contract, assert_plugin_contract, host_with
+from optframe.testing import (
+    assert_op_contract,
+    assert_pass_contract,
+    assert_plugin_contract,
+    host_with,
+    model_from_text,
+)
 from optframe.types import KernelLaunch, KernelSpec, OpAttribute, OpParameter, OpSpec, PassSpec, TensorInfo
 
 Array = np.ndarray[Any, Any]
@@ -25,16 +31,28 @@ HERE = "testing_targets"
 
 
 def twice_identity() -> ir.Model:
-    text = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    agraph (float[2, 3] x) => (float[2, 3] y) {
-        a = Identity (x)
-        b = Relu (a)
-        c = Identity (b)
-        y = Neg (c)
-    }
-    """
-    return ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    return model_from_text(
+        """agraph (float[2, 3] x) => (float[2, 3] y) {
+            a = Identity (x)
+            b = Relu (a)
+            c = Identity (b)
+            y = Neg (c)
+        }"""
+    )
+
+
+def test_a_model_from_text_has_its_weights_as_initialisers() -> None:
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    text = "g (float[1, 2] x, float w) => (float[1, 3] y) { a = MatMul (x, w)  [last] y = my.Thing (a) }"
+    model = model_from_text(text, 17, domains=["my"], w=weight)
+    assert model.opset_imports == {"": 17, "my": 1}
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    (initializer,) = model.graph.initializers.values()
+    assert initializer.const_value is not None
+    np.testing.assert_array_equal(initializer.const_value.numpy(), weight)
+    first, last = model.graph
+    assert first.inputs[1] is initializer
+    assert (first.name, last.name, last.domain) == ("MatMul0", "last", "my")
 
 
 def feeds(rng: np.random.Generator) -> list[dict[str, Array]]:
