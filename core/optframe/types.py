@@ -199,8 +199,7 @@ class KernelSpec:
         """Return the rule that launches kernels made for other shapes, None where there is none."""
         if not self.reuse:
             return None
-        rule: ReuseRule = load_target(self.reuse)
-        return rule
+        return partial(_call, "reuse rule", self.reuse)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -45,12 +46,18 @@ def test_each_call_is_told_with_its_place_and_its_end(install_plugin: Callable[.
     assert OP.kernel is not None
     with pytest.raises(PluginError, match="cannot load 'acme_rules:absent'"):
         OP.kernel.launch_rule()([x], [x], {})
+    reuse = replace(OP.kernel, reuse="acme_rules:function").reuse_rule()
+    assert reuse is not None
+    with pytest.raises(TypeError):
+        reuse([x], [x], {}, ())
     assert heard == [
         "node 'n': function acme_rules:function",
         "",
         "shape rule acme_rules:shape",
         "",
         "launch rule acme_rules:absent",
+        "",
+        "reuse rule acme_rules:function",
         "",
     ]
 
