@@ -188,7 +188,7 @@ def run_on_arrays(
     """
     import numpy as np
 
-    results = [np.empty(info.shape, _numpy_dtype(info.dtype)) for info in outputs]
+    results = [np.empty(info.shape, numpy_dtype(info.dtype)) for info in outputs]
     with ExitStack() as stack:
         buffers = [stack.enter_context(_Buffer(array.nbytes + 2 * _GUARD + offset)) for array in (*inputs, *results)]
         addresses = [buffer.address.value + _GUARD + offset for buffer in buffers]
@@ -213,7 +213,8 @@ def _size(array: np.ndarray[Any, Any]) -> ctypes.c_size_t:
     return ctypes.c_size_t(array.nbytes)
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of a tensor's: "bfloat16" too."""
     import numpy as np
 
     if name == "bfloat16":
