@@ -66,9 +66,7 @@ class PendingCopies:
                 self._arrive(copy, arrived)
             left = ~arrived
             if left.any():
-                kept.append(
-                    _Copy(copy.by, copy.threads[left], copy.groups[left], copy.targets[left], copy.words[left])
-                )
+                kept.append(_Copy(copy.by, copy.threads[left], copy.groups[left], copy.targets[left], copy.words[left]))
         self._copies = kept
 
     def _arrive(self, copy: _Copy, arrived: Array) -> None:

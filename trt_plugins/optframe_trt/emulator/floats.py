@@ -34,14 +34,14 @@ def _plain(binder: Binder, by: Instruction, type_: str, function: Function) -> S
 
         def unary(machine: Machine) -> None:
             view = machine.views[type_]
-            function(view[only], view[target], where=machine.where)
+            function(view[only], out=view[target], where=machine.where)
 
         return unary
     first, second = sources
 
     def binary(machine: Machine) -> None:
         view = machine.views[type_]
-        function(view[first], view[second], view[target], where=machine.where)
+        function(view[first], view[second], out=view[target], where=machine.where)
 
     return binary
 

@@ -19,10 +19,12 @@ def _by_type(on_floats: Builder, on_integers: Builder) -> Builder:
     return build
 
 
+_SHARED = sorted(floats.BUILDERS.keys() & integers.BUILDERS)
+
 BUILDERS: Mapping[str, Builder] = {
     **integers.BUILDERS,
     **floats.BUILDERS,
-    **{name: _by_type(floats.BUILDERS[name], integers.BUILDERS[name]) for name in floats.BUILDERS.keys() & integers.BUILDERS},
+    **{name: _by_type(floats.BUILDERS[name], integers.BUILDERS[name]) for name in _SHARED},
     **moves.BUILDERS,
     **access.BUILDERS,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def _bind(function: Function, type_: str, target: int, sources: list[int]) -> St
 
         def direct(machine: Machine) -> None:
             view = machine.views[type_]
-            function(view[first], view[second], view[target], where=machine.where_of(view[target]))
+            function(view[first], view[second], out=view[target], where=machine.where_of(view[target]))
 
         return direct
 
@@ -374,7 +375,21 @@ def _highest(x: Array) -> Array:
     """Return the place of the highest bit that is not the sign's: all ones where there is none."""
     if x.dtype.kind == "i":
         x = np.where(x < 0, ~x, x).view(f"u{x.dtype.itemsize}")
-    return (x.dtype.itemsize * 8 - 1 - _leading_zeros(x).astype(np.int64)).astype(np.int32).view(np.uint32)
+    last = x.dtype.itemsize * 8 - 1
+    return np.asarray(last - _leading_zeros(x).astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)
+
+
+def _distance(x: Array) -> Array:
+    """Return how far the highest bit is from the top: all ones where there is none."""
+    place = _highest(x)
+    return np.where(place == 0xFFFFFFFF, place, x.dtype.itemsize * 8 - 1 - place)
+
+
+def _find(binder: Binder, by: Instruction) -> Step | None:
+    types = ("u32", "s32", "u64", "s64")
+    if by.modifiers[:1] == ("shiftamt",):
+        return _count(_distance, types)(binder, replace(by, modifiers=by.modifiers[1:]))
+    return _count(_highest, types)(binder, by)
 
 
 def _dot4(binder: Binder, by: Instruction) -> Step:
@@ -397,10 +412,6 @@ def _dot4(binder: Binder, by: Instruction) -> Step:
     return step
 
 
-def _not(binder: Binder, by: Instruction) -> Step:
-    return _simple(lambda x: ~x, ("pred", *BITS), 1)(binder, by)
-
-
 def _absolute_difference(a: Array, b: Array, c: Array) -> Array:
     return np.asarray(np.where(a > b, a - b, b - a) + c)
 
@@ -420,12 +431,12 @@ BUILDERS: dict[str, Builder] = {
     "min": _simple(np.minimum, (*ARITHMETIC, "u16x2", "s16x2"), 2),
     "max": _simple(np.maximum, (*ARITHMETIC, "u16x2", "s16x2"), 2),
     "abs": _simple(np.abs, ("s16", "s32", "s64"), 1),
-    "neg": _simple(lambda x: np.negative(x), ("s16", "s32", "s64"), 1),
+    "neg": _simple(np.negative, ("s16", "s32", "s64"), 1),
     "sad": _simple(_absolute_difference, ARITHMETIC, 3),
     "and": _simple(np.bitwise_and, ("pred", *BITS), 2),
     "or": _simple(np.bitwise_or, ("pred", *BITS), 2),
     "xor": _simple(np.bitwise_xor, ("pred", *BITS), 2),
-    "not": _not,
+    "not": _simple(np.bitwise_not, ("pred", *BITS), 1),
     "cnot": _simple(lambda x: (x == 0).astype(x.dtype), BITS, 1),
     "shl": _shift(left=True),
     "shr": _shift(left=False),
@@ -437,7 +448,7 @@ BUILDERS: dict[str, Builder] = {
     "brev": _simple(_reverse, ("b32", "b64"), 1),
     "popc": _count(_ones, ("b32", "b64")),
     "clz": _count(_leading_zeros, ("b32", "b64")),
-    "bfind": _count(_highest, ("u32", "s32", "u64", "s64")),
+    "bfind": _find,
     "dp4a": _dot4,
 }
 """Builders of instructions on integer types."""

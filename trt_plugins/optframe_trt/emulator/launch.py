@@ -12,7 +12,7 @@ from optframe.types import KernelLaunch, TensorInfo
 from optframe_trt.driver import numpy_dtype
 from optframe_trt.emulator.faults import KernelFault
 from optframe_trt.emulator.machine import Checks, Machine
-from optframe_trt.emulator.memory import GLOBAL_BASE, GlobalMemory
+from optframe_trt.emulator.memory import GLOBAL_BASE, POISON, GlobalMemory
 from optframe_trt.emulator.program import Program, load
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +38,7 @@ def run_on_arrays(
     """Run the kernel of a PTX text on `inputs` and poisoned outputs without a GPU, and return the outputs.
 
     Arguments are the addresses of the inputs, the launch's `extras` as int32, and the addresses of the outputs.
-    `offset` bytes are put before each array, so that pointers lose their alignment. See the package for what is checked.
+    `offset` bytes are put before each array, so that pointers lose their alignment.
 
     Raises:
         KernelFault: the kernel does what must not be.
@@ -98,8 +98,7 @@ def _memory(
             memory.place(f"the variable {variable.name}", place, data, variable.space == "global")
     names = [*(f"input {i}" for i in range(len(inputs))), *(f"output {i}" for i in range(len(results)))]
     for name, array, place in zip(names, (*inputs, *results), addresses, strict=True):
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if name.startswith("output"):
-            data = np.full(array.nbytes, 0xFF, np.uint8)
-        memory.place(name, place, data, name.startswith("output"))
+        output = name.startswith("output")
+        given = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        memory.place(name, place, np.full_like(given, POISON) if output else given, output)
     return memory, addresses

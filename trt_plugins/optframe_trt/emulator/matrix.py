@@ -60,10 +60,11 @@ def _matrix(machine: Machine, slots: list[int], kind: str, depth: int, type_: st
     columns = depth if kind == "a" else _COLUMNS
     matrix = matrix.reshape(len(matrix), -1, columns)
     if type_ == "bf16":
-        return (matrix.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return values.widen(matrix, type_).astype(np.float32)
     if type_ == "tf32":
-        return (matrix.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-    return matrix.astype(np.float32 if type_ in ("f16", "f32") else np.int64)
+        matrix = matrix.view(np.uint32) & np.uint32(0xFFFFE000)
+        return np.asarray(matrix.view(np.float32))
+    return np.asarray(matrix.astype(np.float32 if type_ in ("f16", "f32") else np.int64))
 
 
 def _write_matrix(machine: Machine, slots: list[int], matrix: Array, type_: str) -> None:
@@ -112,9 +113,7 @@ def _multiply(binder: Binder, by: Instruction) -> Control:
     return together(binder, by, step)
 
 
-def _fragment(
-    binder: Binder, by: Instruction, operand: Operand | None, kind: str, depth: int, type_: str
-) -> list[int]:
+def _fragment(binder: Binder, by: Instruction, operand: Operand | None, kind: str, depth: int, type_: str) -> list[int]:
     size = {"a": _ROWS * depth, "b": depth * _COLUMNS, "c": _ROWS * _COLUMNS}[kind]
     items = operand.items if isinstance(operand, Vector) else (operand,)
     if len(items) != size * values.width(type_) // (32 * 32):

@@ -97,7 +97,8 @@ class GlobalMemory:
     def _of(self, size: int, writing: bool) -> Array:
         key = (size, writing)
         if key not in self._allowed:
-            self._allowed[key] = (self._writable if writing else self._readable).reshape(-1, size).all(1)
+            table = self._writable if writing else self._readable
+            self._allowed[key] = np.asarray(table.reshape(-1, size).all(1))
         return self._allowed[key]
 
     def _fault(self, machine: Machine, by: Instruction, addresses: Array, size: int, writing: bool) -> NoReturn:
@@ -118,7 +119,7 @@ class GlobalMemory:
             if region.start <= address < region.end:
                 part = "which is not to be written" if not region.writable else "reaching past its end"
                 return f"at byte {address - region.start} of {region.name}, {part}"
-        near = [r for r in self.regions if -4096 < address - r.start and address - r.end < 1 << 20]
+        near = [r for r in self.regions if address - r.start > -4096 and address - r.end < 1 << 20]
         if not near:
             return f"at the address {address:#x}, where no tensor is"
         region = min(near, key=lambda r: min(abs(address - r.start), abs(address - r.end)))

@@ -201,7 +201,7 @@ def _convert(binder: Binder, by: Instruction) -> Step:
     *how, to, source = by.modifiers or ("", "")
     if to in ("f16x2", "bf16x2") and source == "f32":
         return _convert_pair(binder, by, how, to)
-    known = {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}
+    known = {"rna"} if to == "tf32" else {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}
     numbers = (*values.INTEGERS, "f16", "bf16", "f32", "f64", "tf32")
     if {*how} - known or to not in numbers or source not in numbers:
         raise unsupported(by)

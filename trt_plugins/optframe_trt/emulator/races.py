@@ -72,7 +72,7 @@ class RaceDetector:
     def _mine(self, machine: Machine, size: int) -> Array:
         codes = self._codes[size]
         self._used = True
-        return codes if machine.active is None else codes.take(machine.active)
+        return codes if machine.active is None else np.asarray(codes.take(machine.active))
 
     def _note_read(self, at: Array, mine: Array) -> None:
         reader = self._reader.view(mine.dtype)
