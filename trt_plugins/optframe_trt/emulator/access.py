@@ -185,7 +185,7 @@ def _load_parameter(binder: Binder, by: Instruction) -> Step:
     if not type_ or not isinstance(address, Address) or not isinstance(address.base, Name):
         raise unsupported(by)
     if address.base.text not in names:
-        raise unsupported(by)
+        return lambda machine: machine.fault(by, "reads what a call returned, and the emulator runs no calls")
     start = starts[names.index(address.base.text)] + address.offset
     item = values.width(type_) // 8
     narrow = np.dtype(values.DTYPES[type_ if type_[0] in "us" else f"u{8 * item}"])
@@ -210,7 +210,9 @@ def parameter_offsets(sizes: list[int]) -> list[int]:
     return offsets
 
 
-def _store(binder: Binder, by: Instruction) -> Step:
+def _store(binder: Binder, by: Instruction) -> Step | None:
+    if "param" in by.modifiers:
+        return None  # an argument of a call, which is an error once it is reached
     space, count, type_ = _shape(by)
     address, source = operands_of(by, (2,))
     place, item = _place(binder, by, address), values.width(type_) // 8

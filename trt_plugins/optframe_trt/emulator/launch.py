@@ -72,12 +72,12 @@ def _check_launch(program: Program, launch: KernelLaunch, inputs: int, outputs: 
             f"{len(launch.extras)} int32 extras, the outputs"
         )
     threads = launch.block[0] * launch.block[1] * launch.block[2]
+    if not 0 < threads <= 1024:
+        raise KernelFault(f"the kernel {launch.entry} is launched with {threads} threads a block, not 1 to 1024")
     for name, most in _LIMITS.items():
         got = getattr(launch, name)
         if any(size > limit for size, limit in zip(got, most, strict=True)):
             raise KernelFault(f"the kernel {launch.entry} is launched with a {name} of {got}, but {most} is the most")
-    if not 0 < threads <= 1024:
-        raise KernelFault(f"the kernel {launch.entry} is launched with {threads} threads a block, not 1 to 1024")
 
 
 def _memory(

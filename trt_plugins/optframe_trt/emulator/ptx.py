@@ -179,8 +179,8 @@ class _Parser:
             self.inside = True
 
     def _statement(self, text: str) -> None:
-        if not text or text.startswith(".pragma"):
-            return
+        if not text or text.startswith(".pragma") or (self.names and text.startswith(".param")):
+            return  # parameters inside a kernel are those of calls
         if text.startswith(".") and not text.startswith((".reg", ".branchtargets")):
             if not self.names or self.inside:
                 self._variable(text)
