@@ -1,4 +1,4 @@
-"""What every op with a kernel must keep as a TensorRT plugin, a stranger's too; and on a GPU, as a kernel."""
+"""What every op with a kernel must keep as a TensorRT plugin and as a kernel, a stranger's too."""
 
 from __future__ import annotations
 
@@ -166,10 +166,16 @@ def test_its_ptx_is_the_same_everywhere(identifier: str, specs: Mapping[str, OpS
     assert kernels >= len(specs[identifier].inputs[0].dtypes)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("device", "trials"), [("emulator", 1), pytest.param("gpu", 3, marks=pytest.mark.gpu)], ids=["emulator", "gpu"]
+)
 @by_op
-def test_as_a_kernel(identifier: str, specs: Mapping[str, OpSpec], seed: int) -> None:
+def test_as_a_kernel(
+    identifier: str, specs: Mapping[str, OpSpec], seed: int, device: testing.Device, trials: int
+) -> None:
     contract = CONTRACTS[identifier]
+    if not nvrtc.toolkits():
+        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
     runs = testing.assert_kernel_contract(
         specs[identifier],
         contract.draw,
@@ -178,5 +184,7 @@ def test_as_a_kernel(identifier: str, specs: Mapping[str, OpSpec], seed: int) ->
         attributes=contract.attributes,
         empty=contract.empty,
         offsets=contract.offsets,
+        trials=trials,
+        device=device,
     )
     assert runs > 10

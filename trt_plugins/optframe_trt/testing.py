@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from optframe.errors import InputError
+from optframe.errors import EnvironmentLacks, InputError
 from optframe.testing import ROUNDINGS, UNIT_ROUNDOFF
 from optframe.types import KernelLaunch, OpSpec, TensorInfo
-from optframe_trt import calls, creators, driver, fields, kernels, nvrtc
+from optframe_trt import calls, creators, driver, emulator, fields, kernels, nvrtc
 from optframe_trt.flavours import Flavour
 from optframe_trt.meaning import calling_model, onnx_type
 from optframe_trt.plugin_v3 import trt_type
@@ -29,6 +29,7 @@ from optframe_trt.plugin_v3 import trt_type
 Array = np.ndarray[Any, Any]
 Draw = Callable[[np.random.Generator], Mapping[str, Array]]
 Reference = Callable[..., Array | Sequence[Array]]
+Device = Literal["auto", "gpu", "emulator"]
 
 MISALIGNMENT = 4
 """Bytes that arrays lie off their alignment in one of the runs: less than the 16 that vector accesses want."""
@@ -51,6 +52,11 @@ class Case:
     def infos(self) -> list[TensorInfo | None]:
         """What is known of each of the op's inputs; None for an absent one."""
         return _infos(self.spec, self.inputs)
+
+    @property
+    def present(self) -> list[Array]:
+        """The inputs that are there, in the order of a kernel's arguments."""
+        return [self.inputs[p.name] for p in self.spec.inputs if p.name in self.inputs]
 
     def changed(self, name: str, by: Array) -> Case:
         """Return the call with `by` added to the input `name`."""
@@ -104,12 +110,14 @@ def assert_kernel_contract(
     offsets: Mapping[str, float] | None = None,
     trials: int = 3,
     roundings: float = ROUNDINGS,
+    device: Device = "auto",
 ) -> int:
-    """Check on a GPU that the kernel computes what `reference` does, in every dtype and mixture; return the runs.
+    """Check that the kernel computes what `reference` does, in every dtype and mixture; return the runs.
 
     That is: at the shapes drawn; on arrays off their alignment; with one NaN and one infinity in each float input,
     which must come out where the reference has them; with large offsets; without any row; never writing outside
-    outputs.
+    outputs. Under the emulator also: never reading outside arrays, no races in shared memory, no use of what nobody
+    wrote there, no barrier in divergent code (see `optframe_trt.emulator`).
 
     Args:
         draw: returns one call's inputs by parameter name, of random odd shapes, floats in any float dtype.
@@ -121,21 +129,25 @@ def assert_kernel_contract(
         offsets: what to add to an input, by name, in a run of its own.
         trials: how many calls are drawn for each dtype.
         roundings: see `optframe.testing.ROUNDINGS`.
+        device: "gpu"; "emulator", which needs none and suits small shapes; "auto" for the GPU where there is one.
 
     Raises:
-        EnvironmentLacks: there is no GPU or no NVRTC.
+        EnvironmentLacks: there is no NVRTC, or no GPU where one is asked for.
+        KernelFault: the kernel did what the emulator watches for.
+        Unsupported: the kernel has an instruction that the emulator does not know.
     """
     rng = np.random.default_rng(seed)
     runs = 0
+    run = _runner(device)
     for case in draw_cases(spec, draw, rng, attributes or {}, trials):
         variants = [*_with_non_finite(case, rng)]
         variants += [case.changed(name, np.asarray(by)) for name, by in (offsets or {}).items()]
         for variant in (case, *variants):
-            _check_kernel(variant, reference, roundings)
-        _check_kernel(case, reference, roundings, offset=MISALIGNMENT)
+            _check_kernel(run, variant, reference, roundings)
+        _check_kernel(run, case, reference, roundings, offset=MISALIGNMENT)
         runs += 2 + len(variants)
     for case in draw_cases(spec, empty, rng, attributes or {}, 1) if empty else ():
-        _check_kernel(case, reference, roundings)
+        _check_kernel(run, case, reference, roundings)
         runs += 1
     return runs
 
@@ -150,12 +162,34 @@ def _with_non_finite(case: Case, rng: np.random.Generator) -> Iterator[Case]:
                 yield case.changed(name, by)
 
 
-def _check_kernel(case: Case, reference: Reference, roundings: float, offset: int = 0) -> None:
-    capability = driver.compute_capability()
-    kernel = kernels.compile_kernel(case.spec, case.launch, (capability,))
+def _runner(device: Device) -> Callable[[Case, int], list[Array]]:
+    """Return what runs a call's kernel on arrays so many bytes off their alignment."""
+    if device == "emulator":
+        return _emulate
+    try:
+        driver.ensure_context()
+    except EnvironmentLacks:
+        if device == "gpu":
+            raise
+        return _emulate
+    return _run_on_gpu
+
+
+def _run_on_gpu(case: Case, offset: int) -> list[Array]:
+    kernel = kernels.compile_kernel(case.spec, case.launch, (driver.compute_capability(),))
     loaded = driver.Kernel(kernel.ptx.text, kernel.entry)
-    present = [case.inputs[p.name] for p in case.spec.inputs if p.name in case.inputs]
-    actual = driver.run_on_arrays(loaded, case.launch, present, case.outputs, offset=offset)
+    return driver.run_on_arrays(loaded, case.launch, case.present, case.outputs, offset=offset)
+
+
+def _emulate(case: Case, offset: int) -> list[Array]:
+    kernel = kernels.compile_kernel(case.spec, case.launch, nvrtc.DEFAULT_TARGETS)
+    return emulator.run_on_arrays(kernel.ptx.text, case.launch, case.present, case.outputs, offset=offset)
+
+
+def _check_kernel(
+    run: Callable[[Case, int], list[Array]], case: Case, reference: Reference, roundings: float, offset: int = 0
+) -> None:
+    actual = run(case, offset)
     assert_outputs_close(case, actual, case.expected(reference), roundings)
 
 

@@ -1,4 +1,4 @@
-"""Compiles a kernel for given arrays and runs it; skips, saying why, where NVRTC or a GPU is missing."""
+"""Compiles a kernel for given arrays and runs it: under the emulator everywhere, and on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,54 @@ import pytest
 
 from optframe.errors import EnvironmentLacks
 from optframe.types import KernelLaunch, KernelSpec, TensorInfo
-from optframe_trt import driver, nvrtc
+from optframe_trt import driver, emulator, nvrtc
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
 
 
+@pytest.hookimpl(tryfirst=True)  # before skips are made of marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec and callspec.params.get("run") == "emulator" and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.slow)
+
+
 @cache
-def load(source: str, launch: KernelLaunch) -> driver.Kernel:
-    return driver.Kernel(nvrtc.compile_ptx(source, defines=launch.defines).text, launch.entry)
+def compiled(source: str, defines: tuple[tuple[str, str], ...]) -> str:
+    return nvrtc.compile_ptx(source, defines=defines).text
+
+
+@cache
+def load(ptx: str, entry: str) -> driver.Kernel:
+    return driver.Kernel(ptx, entry)
 
 
 def info(array: Array) -> TensorInfo:
     return TensorInfo(array.shape, str(array.dtype))
 
 
-@pytest.fixture
-def run() -> Run:
-    """`run(spec, inputs, outputs, attributes, offset=bytes)` -> the output arrays; None stands for an absent input."""
+def on_gpu(ptx: str, launch: KernelLaunch, inputs: list[Array], outputs: list[TensorInfo], offset: int) -> list[Array]:
+    return driver.run_on_arrays(load(ptx, launch.entry), launch, inputs, outputs, offset=offset)
+
+
+def emulated(
+    ptx: str, launch: KernelLaunch, inputs: list[Array], outputs: list[TensorInfo], offset: int
+) -> list[Array]:
+    return emulator.run_on_arrays(ptx, launch, inputs, outputs, offset=offset)
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Run:
+    """`run(spec, inputs, outputs, attributes, offset=bytes)` -> the output arrays; None stands for an absent input.
+
+    Tests marked `large` take long under the emulator, so that they are slow ones there.
+    """
     try:
-        driver.ensure_context()
-        nvrtc.compile_ptx("")
+        compiled("", ())
+        if request.param == "gpu":
+            driver.ensure_context()
     except EnvironmentLacks as reason:
         pytest.skip(str(reason))
 
@@ -44,8 +71,10 @@ def run() -> Run:
     ) -> list[Array]:
         infos = [None if array is None else info(array) for array in inputs]
         launch = spec.launch_rule()(infos, outputs, attributes)  # type: ignore[arg-type]
-        kernel = load(spec.read_source(), launch)
+        ptx = compiled(spec.read_source(), launch.defines)
         present = [array for array in inputs if array is not None]
-        return driver.run_on_arrays(kernel, launch, present, outputs, offset=offset)
+        if request.param == "gpu":
+            return driver.run_on_arrays(load(ptx, launch.entry), launch, present, outputs, offset=offset)
+        return emulator.run_on_arrays(ptx, launch, present, outputs, offset=offset)
 
     return run_kernel

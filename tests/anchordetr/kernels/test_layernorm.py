@@ -132,10 +132,15 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
     assert bool(re.search(r"ld\.global(\.nc)?\.v4", ptx)) == (columns % 8 == 0), "16-byte loads where rows allow them"
 
 
-@pytest.mark.gpu
 class TestKernel:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("columns", [1, 2, 7, 32, 100, 255, 256, 257, 1000, 1024, 4096, 5001, 8191, 8192, 9000])
+    @pytest.mark.parametrize(
+        "columns",
+        [
+            *(1, 7, 100, 256, 257, 1024, 5001, 9000),
+            *(pytest.param(columns, marks=pytest.mark.large) for columns in (2, 32, 255, 1000, 4096, 8191, 8192)),
+        ],
+    )
     @pytest.mark.parametrize("rows", [1, 37])
     def test_equals_float64(self, run: Run, dtype: str, columns: int, rows: int) -> None:
         seed = columns * 100 + rows
@@ -175,7 +180,7 @@ class TestKernel:
         assert_close(y, layernorm64(x, scale, bias, 0.1), "float16")
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("columns", [24, 256, 257, 4096, 9000])
+    @pytest.mark.parametrize("columns", [24, 256, 257, pytest.param(4096, marks=pytest.mark.large), 9000])
     @pytest.mark.parametrize("offset", [0, 4])
     def test_skip(self, run: Run, dtype: str, columns: int, offset: int) -> None:
         x, skip = draw(7, (35, columns), dtype), draw(8, (35, columns), dtype)

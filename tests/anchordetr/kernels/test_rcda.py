@@ -269,21 +269,20 @@ def test_compiles(dtype: str, instruction: str, masked: bool) -> None:
     assert instruction in ptx
 
 
-@pytest.mark.gpu
 class TestKernel:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         "size",
         [
-            Size(1, 900, 50, 67),
-            Size(2, 3350, 50, 67, heads=3),
+            pytest.param(Size(1, 900, 50, 67), marks=pytest.mark.large),
+            pytest.param(Size(2, 3350, 50, 67, heads=3), marks=pytest.mark.large),
             Size(2, 130, 67, 50),
-            Size(1, 257, 84, 84),
+            pytest.param(Size(1, 257, 84, 84), marks=pytest.mark.large),
             Size(1, 1, 1, 1),
             Size(3, 17, 2, 9, heads=1),
             Size(1, 65, 9, 100),
             Size(1, 20, 5, 192),
-            Size(1, 20, 120, 20),
+            pytest.param(Size(1, 20, 120, 20), marks=pytest.mark.large),
             Size(1, 21, 12, 201),
             Size(1, 40, 13, 11, head_size=40),
             Size(1, 40, 13, 11, head_size=7),

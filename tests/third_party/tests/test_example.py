@@ -16,7 +16,7 @@ from optframe import graph
 from optframe.errors import EnvironmentLacks
 from optframe.passes import PassContext
 from optframe.testing import assert_op_contract, assert_pass_contract, assert_plugin_contract
-from optframe_trt import driver, flavours, nvrtc
+from optframe_trt import flavours, nvrtc
 from optframe_trt.testing import assert_build_contract, assert_kernel_contract
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +65,6 @@ def test_engines_hold_the_kernel() -> None:
 
 def test_the_kernel_computes_what_the_op_means() -> None:
     try:
-        driver.ensure_context()
         nvrtc.compile_ptx("")
     except EnvironmentLacks as reason:
         pytest.skip(str(reason))

@@ -13,7 +13,7 @@ from optframe.types import KernelLaunch
 from optframe_trt.emulator import values
 from optframe_trt.emulator.copies import PendingCopies
 from optframe_trt.emulator.faults import KernelFault
-from optframe_trt.emulator.memory import POISON, GlobalMemory, LocalMemory, SharedMemory
+from optframe_trt.emulator.memory import GlobalMemory, LocalMemory, SharedMemory
 from optframe_trt.emulator.program import Program
 from optframe_trt.emulator.ptx import Instruction
 
@@ -90,9 +90,8 @@ class Machine:
     def _poisoned_registers(self) -> dict[int, Array]:
         made = {}
         for file, count in self.program.kernel.registers.items():
-            dtype = np.bool_ if file == 1 else np.dtype(f"uint{file}")
-            made[file] = np.empty((count, self.threads), dtype)
-            made[file].view(np.uint8).fill(1 if file == 1 else POISON)
+            dtype = np.dtype(np.bool_ if file == 1 else f"uint{file}")
+            made[file] = np.full((count, self.threads), True if file == 1 else dtype.type(2**file - 1))
         return made
 
     def view_registers(self, type_: str) -> list[Array]:

@@ -46,13 +46,17 @@ def _move(binder: Binder, by: Instruction) -> Step:
 
 
 def _pack(binder: Binder, by: Instruction, type_: str, target: Operand | None, source: Vector) -> Step:
-    part, slots = _parts(binder, by, type_, source)
+    part, items = _parts(binder, by, type_, source)
+    slots = [item for item in items if item is not None]
     out = binder.slot(by, target, f"b{values.width(type_)}")
     whole = f"b{values.width(type_)}"
 
     def step(machine: Machine) -> None:
-        pieces = [np.broadcast_to(machine.views[part][slot], (machine.threads,)) for slot in slots if slot is not None]
-        machine.write(whole, out, np.stack(pieces, -1).view(values.DTYPES[whole])[:, 0])
+        view = machine.views[part]
+        pieces = np.empty((machine.threads, len(slots)), values.DTYPES[part])
+        for number, slot in enumerate(slots):
+            pieces[:, number] = view[slot]
+        machine.write(whole, out, pieces.view(values.DTYPES[whole])[:, 0])
 
     return step
 
@@ -201,6 +205,8 @@ def _convert(binder: Binder, by: Instruction) -> Step:
     *how, to, source = by.modifiers or ("", "")
     if to in ("f16x2", "bf16x2") and source == "f32":
         return _convert_pair(binder, by, how, to)
+    if _is_cast(how, to, source) and _fits(by.operands[0], to) and _fits(by.operands[-1], source):
+        return _cast(binder, by, to, source)
     known = {"rna"} if to == "tf32" else {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}
     numbers = (*values.INTEGERS, "f16", "bf16", "f32", "f64", "tf32")
     if {*how} - known or to not in numbers or source not in numbers:
@@ -221,6 +227,29 @@ def _convert(binder: Binder, by: Instruction) -> Step:
             value = value.astype(values.DTYPES[source])
         result = function(value)
         machine.write(out_type, out, np.asarray(result).astype(values.DTYPES[out_type], copy=False))
+
+    return step
+
+
+def _is_cast(how: list[str], to: str, source: str) -> bool:
+    """Whether NumPy's own cast does the conversion: from integers, and between floats with plain rounding."""
+    known = (*(name for name in values.INTEGERS if values.width(name) >= 16), "f16", "f32", "f64")
+    from_float, to_float = source in ("f16", "f32", "f64"), to in ("f16", "f32", "f64")
+    return not {*how} - {"rn"} and source in known and to in known and (to_float or not from_float)
+
+
+def _fits(operand: Operand | None, type_: str) -> bool:
+    """Whether an operand's register is as wide as the type; the instruction takes wider ones too."""
+    return not isinstance(operand, Register) or operand.file == values.file_of(type_)
+
+
+def _cast(binder: Binder, by: Instruction, to: str, source: str) -> Step:
+    target, operand = operands_of(by, (2,))
+    out, a = binder.slot(by, target, to), binder.slot(by, operand, source)
+
+    def step(machine: Machine) -> None:
+        view = machine.views[to][out]
+        np.copyto(view, machine.views[source][a], where=machine.where, casting="unsafe")
 
     return step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,7 +154,7 @@ def guarded(step: Step, guard: tuple[Register, bool]) -> Step:
     return run
 
 
-@cache
+@lru_cache(maxsize=16)
 def load(text: str, entry: str) -> Program:
     """Parse and bind the kernel `entry` of a PTX text.
 

@@ -6,7 +6,6 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 from optframe_trt.emulator.faults import Unsupported
 
@@ -128,10 +127,10 @@ _PARAMETER = re.compile(
 )
 _INSTRUCTION = re.compile(r"(?:@(!?)([\w$%]+)\s+)?([a-z]\w*)((?:\.[\w:]+)*)\s*(.*)$", re.DOTALL)
 _ADDRESS = re.compile(r"([\w$%.]+)\s*(?:\+\s*(-?\w+))?$|([\w$%.]+)\s*(-\s*\w+)$")
+_BRACKETS = re.compile(r"[{(\[]")
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 
 
-@cache
 def parse(text: str, entry: str) -> Kernel:
     """Return the kernel `entry` of a PTX text with the module's variables.
 
@@ -239,9 +238,14 @@ class _Parser:
         return Instruction(_short(text), opcode, tuple(modifiers.split(".")[1:]), operands, pair)
 
     def _register(self, name: str) -> Register | None:
-        return next((scope[name] for scope in reversed(self.names) if name in scope), None)
+        for scope in reversed(self.names):
+            if name in scope:
+                return scope[name]
+        return None
 
     def _operand(self, text: str, whole: str) -> Operand | None:
+        if text[0] == "%" and (register := self._register(text)):
+            return register
         if text == "_":
             return None
         if text[0] == "{":
@@ -249,9 +253,9 @@ class _Parser:
         if text[0] == "[":
             return self._address(text[1:-1].strip(), whole)
         if text[0] == "!":
-            register = self._operand(text[1:].strip(), whole)
-            assert register is not None
-            return Negated(register)
+            negated = self._operand(text[1:].strip(), whole)
+            assert negated is not None
+            return Negated(negated)
         if "|" in text:
             first, second = (self._operand(part.strip(), whole) for part in text.split("|"))
             return Pair(first, second)
@@ -293,6 +297,9 @@ def _statements(text: str) -> Iterator[tuple[str, str]]:
 
 def _split(text: str) -> Iterator[str]:
     """Yield the parts between commas that stand in no brackets."""
+    if not _BRACKETS.search(text):
+        yield from (part.strip() for part in text.split(","))
+        return
     depth, start = 0, 0
     for index, letter in enumerate(text):
         if letter in "{[(":

@@ -6,6 +6,7 @@ to odd (Boldo and Melquiond 2008), so that one more rounding, to the type itself
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ INTEGERS = tuple(name for name in DTYPES if name[0] in "bus" and "x2" not in nam
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 
 
+@cache
 def width(type_: str) -> int:
     """Return the bits of a type: 32 for a pair of 16."""
     return 1 if type_ == "pred" else 32 if type_.endswith("x2") or type_ == "tf32" else int(type_.lstrip("bfstu"))
 
 
+@cache
 def file_of(type_: str) -> int:
     """Return the register file of a type; 8-bit values lie in registers of 16 bits or more."""
     return max(width(type_), 16) if type_ != "pred" else 1

@@ -5,6 +5,7 @@ A lane that is not there gives poison: PTX leaves open what is read from it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,8 @@ _BITS = np.int64(1) << np.arange(32, dtype=np.int64)
 def warps(machine: Machine, type_: str, slot: int) -> Array:
     """Return a register, or a constant, as (warps, lanes)."""
     source = machine.views[type_][slot]
-    return np.broadcast_to(source, (machine.threads,)).reshape(-1, 32)
+    whole = source if source.ndim else np.broadcast_to(source, (machine.threads,))
+    return whole.reshape(-1, 32)
 
 
 def _shuffle(binder: Binder, by: Instruction) -> Control:
@@ -47,7 +49,7 @@ def _shuffle(binder: Binder, by: Instruction) -> Control:
         values = warps(machine, "u32", slots[0])
         offsets, limits = (machine.views["s32"][slot] for slot in slots[1:])
         if offsets.ndim == limits.ndim == 0:
-            lane, valid = _source_lanes(mode, int(offsets), int(limits))
+            lane, valid = _fixed_lanes(mode, int(offsets), int(limits))
             taken = values.take(lane, axis=1)
             absent = None if machine.active is None else ~machine.selected.reshape(-1, 32).take(lane, axis=1)
         else:
@@ -62,6 +64,11 @@ def _shuffle(binder: Binder, by: Instruction) -> Control:
             machine.write("pred", found, np.broadcast_to(valid, taken.shape).reshape(-1))
 
     return together(binder, by, step, members)
+
+
+@cache
+def _fixed_lanes(mode: str, offset: int, limit: int) -> tuple[Array, Array]:
+    return _source_lanes(mode, offset, limit)
 
 
 def _source_lanes(mode: str, offset: Any, limit: Any) -> tuple[Array, Array]:
