@@ -291,6 +291,9 @@ def test_between_floats(emulate: Emulate, rng: np.random.Generator, source: Any,
     through = "(float)" if target is np.float64 and a.dtype.itemsize == 2 else ""
     with np.errstate(all="ignore"):
         expected = a.astype(target)
+    if source is np.float64 and target is BFLOAT16:  # NumPy's cast rounds twice
+        for i in np.flatnonzero(np.isfinite(expected.astype(np.float64))):
+            expected[i] = nearest(Fraction(a[i]), expected[i : i + 1])
     assert_same(elementwise(emulate, f"({CTYPES[name]}){through}a", [a], name), expected)
 
 

@@ -1,9 +1,9 @@
 """Arithmetic on floats: add, sub, mul, fma, div, roots, and the approximate functions.
 
-float32 and float64 with plain rounding are NumPy's own operations, which are IEEE's. A float32 fma is computed in
-float64, whose product is exact, and rounded twice; that differs from one rounding in the last bit, about once in 2^29
-random operations. All narrower types and directed roundings have one rounding, see `values`. Approximate functions give
-the nearest result, where hardware may be off by 2 units in the last place (2^-11 relative for tanh).
+float32 and float64 with plain rounding are NumPy's own operations, which are IEEE's. All else is computed in float64
+and has one rounding, see `values`; but a subnormal result of a float32 fma has two, and a float64 fma may be wrong in
+its last bit. Approximate functions give the nearest result, where hardware may be off by 2 units in the last place
+(2^-11 relative for tanh).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Function = Callable[..., Array]
+
+_REST, _HALF = np.int64((1 << 29) - 1), np.int64(1 << 28)
+"""The bits of a float64 that a float32 lacks, and those of a number half way between two float32."""
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
@@ -109,7 +112,10 @@ def fma(binder: Binder, by: Instruction) -> Step:
     def step(machine: Machine) -> None:
         view = machine.views["f32"]
         product = np.multiply(view[a], view[b], dtype=np.float64)
-        np.add(product, view[c], view[target], where=machine.where, casting="same_kind")
+        total = np.asarray(product + view[c])
+        if ((total.view(np.int64) & _REST) == _HALF).any():  # half way between two float32, perhaps by rounding
+            total = values.add_odd(product, view[c].astype(np.float64))
+        np.copyto(view[target], total, where=machine.where, casting="same_kind")
 
     return step
 
