@@ -51,7 +51,7 @@ class TestGlobalMemory:
     )
     def test_writing_out_of_bounds(self, fault: Fault, index: str, thread: int, where: str) -> None:
         message = fault(f"y[{index}] = x[t];")
-        assert f"block (0, 0, 0), thread ({thread}, 0, 0): 'st.global.f32 [" in message
+        assert f"block (0, 0, 0), thread ({thread}, 0, 0): 'st.global." in message
         assert where in message
 
     def test_reading_out_of_bounds_in_some_block(self, fault: Fault) -> None:
@@ -72,7 +72,7 @@ class TestGlobalMemory:
         x = np.arange(64, dtype=np.float32)
         (y,) = emulate(source, [x], [FLOATS], block=16)
         np.testing.assert_array_equal(y, x)
-        with pytest.raises(KernelFault, match=r"'ld.global.*v4.*16 bytes at an address that is 4 off their alignment"):
+        with pytest.raises(KernelFault, match=r"'ld.global.*16 bytes at an address that is 4 off their alignment"):
             emulate(source, [x], [FLOATS], block=16, offset=4)
 
     def test_inputs_are_not_to_be_written(self, fault: Fault) -> None:
@@ -182,10 +182,11 @@ class TestLimits:
         message = fault("while (((volatile const float*)x)[0] < 2); y[t] = 1;", checks=Checks(max_steps=10_000))
         assert "is reached after 10000 steps: the kernel seems to run for ever" in message
 
-    def test_a_trap_and_an_assertion(self, fault: Fault) -> None:
+    def test_a_trap_and_a_call(self, fault: Fault, emulate: Emulate) -> None:
         assert "'trap' stops the kernel" in fault("if (t == 7) __trap(); y[t] = 1;")
         assert "thread (7, 0, 0)" in fault("if (t == 7) __trap(); y[t] = 1;")
-        assert "calls a function that was not inlined" in fault('if (x[t] == 1) printf("%d", t); y[t] = 1;')
+        with pytest.raises(Unsupported, match=r"thread \(9, 0, 0\): 'call.*calls a function that was not inlined"):
+            emulate(kernel('if (t == 9) printf("%d", t); y[t] = 1;'), [np.ones(64, np.float32)], [FLOATS], block=64)
 
     def test_a_call_that_is_not_reached(self, emulate: Emulate) -> None:
         body = 'if (x[t] > 1) printf("%d", t); y[t] = 5;'

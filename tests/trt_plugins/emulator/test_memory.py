@@ -95,6 +95,18 @@ def test_pointers_lose_their_alignment(emulate: Emulate, offset: int) -> None:
     np.testing.assert_array_equal(y, (offset + 4 * np.arange(32)) % 16)
 
 
+def test_an_address_of_32_bits_wraps(emulate: Emulate) -> None:
+    source = """extern "C" __global__ void k(int* y) {
+      __shared__ int s[32];
+      s[threadIdx.x] = threadIdx.x * 3;
+      __syncwarp();
+      unsigned at = (unsigned)__cvta_generic_to_shared(s);  // 0
+      asm volatile("ld.shared.b32 %0, [%1+124];" : "=r"(y[threadIdx.x]) : "r"(at - 4 * (int)threadIdx.x) : "memory");
+    }"""
+    (y,) = emulate(source, [], [info(32, "int32")])
+    np.testing.assert_array_equal(y, 3 * np.arange(32)[::-1])
+
+
 def test_nothing_to_launch_and_what_is_not_written(emulate: Emulate) -> None:
     source = 'extern "C" __global__ void k(int n, float* y) { if (threadIdx.x < n) y[threadIdx.x] = 1; }'
     (y,) = emulate(source, [], [info(32, "float32")], extras=(7,))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ def _is_hint(word: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """An address operand: a register or constant of `file` bits, and an offset in bytes."""
 
     slot: int
@@ -40,17 +39,20 @@ class _Place:
 
     def of(self, machine: Machine) -> Array:
         """Return the address of each selected thread."""
-        base = machine.gather("s64" if self.file == 64 else "u32", self.slot)
-        base = base if self.file == 64 else base.astype(np.int64)
-        return base + self.offset if self.offset else base
+        if self.file == 64:
+            base = machine.gather("s64", self.slot)
+            return base + self.offset if self.offset else base
+        narrow = machine.gather("u32", self.slot).astype(np.int64)
+        return narrow + self.offset & 0xFFFFFFFF if self.offset else narrow
 
 
-def _place(binder: Binder, by: Instruction, operand: Operand | None) -> _Place:
+def place_of(binder: Binder, by: Instruction, operand: Operand | None) -> Place:
+    """Return an address operand; names of variables are constants."""
     if not isinstance(operand, Address):
         raise unsupported(by)
     if isinstance(operand.base, Register):
-        return _Place(operand.base.index, operand.base.file, operand.offset)
-    return _Place(binder.slot(by, operand.base, "u64"), 64, operand.offset)
+        return Place(operand.base.index, operand.base.file, operand.offset)
+    return Place(binder.slot(by, operand.base, "u64"), 64, operand.offset)
 
 
 def _space(by: Instruction, words: list[str]) -> str:
@@ -62,23 +64,20 @@ def _space(by: Instruction, words: list[str]) -> str:
     return _SPACES[found]
 
 
-@contextmanager
-def _parts(machine: Machine, space: str, addresses: Array) -> Iterator[list[tuple[str, Array | None, Array]]]:
-    """Give (space, which of the selected threads or None for all, their addresses): generic addresses taken apart."""
+def _parts(space: str, addresses: Array) -> list[tuple[str, Array | None, Array]]:
+    """Return (space, which of the selected threads or None for all, their addresses): generic addresses taken apart."""
     if space != "generic":
-        yield [(space, None, addresses)]
-        return
+        return [(space, None, addresses)]
     found = []
+    rest = np.ones(len(addresses), bool)
     for name, start in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
         within = (addresses >= start) & (addresses < start + WINDOW)
         if within.any():
             found.append((name, within, addresses[within] - start))
-    rest = np.ones(len(addresses), bool)
-    for _, within, _ in found:
-        rest &= ~within
+            rest &= ~within
     if rest.any():
         found.append(("global", rest, addresses[rest]))
-    yield [(name, None if which.all() else which, part) for name, which, part in found]
+    return [(name, None if which.all() else which, part) for name, which, part in found]
 
 
 def _load_part(machine: Machine, by: Instruction, space: str, addresses: Array, item: int, count: int) -> Array:
@@ -104,25 +103,23 @@ def _store_part(machine: Machine, by: Instruction, space: str, addresses: Array,
 
 def load_words(machine: Machine, by: Instruction, space: str, addresses: Array, item: int, count: int) -> Array:
     """Return (selected threads, count) unsigned words of `item` bytes from a state space."""
-    with _parts(machine, space, addresses) as parts:
-        result = np.empty((len(addresses), count), f"uint{8 * item}")
-        for name, which, part in parts:
-            if which is None:
-                return _load_part(machine, by, name, part, item, count)
-            with machine.narrowed(_spread(machine, which)):
-                result[which] = _load_part(machine, by, name, part, item, count)
-        return result
+    result = np.empty((len(addresses), count), f"uint{8 * item}")
+    for name, which, part in _parts(space, addresses):
+        if which is None:
+            return _load_part(machine, by, name, part, item, count)
+        with machine.narrowed(_spread(machine, which)):
+            result[which] = _load_part(machine, by, name, part, item, count)
+    return result
 
 
 def store_words(machine: Machine, by: Instruction, space: str, addresses: Array, words: Array) -> None:
     """Put (selected threads, count) unsigned words to a state space."""
-    with _parts(machine, space, addresses) as parts:
-        for name, which, part in parts:
-            if which is None:
-                _store_part(machine, by, name, part, words)
-                continue
-            with machine.narrowed(_spread(machine, which)):
-                _store_part(machine, by, name, part, words[which])
+    for name, which, part in _parts(space, addresses):
+        if which is None:
+            _store_part(machine, by, name, part, words)
+            continue
+        with machine.narrowed(_spread(machine, which)):
+            _store_part(machine, by, name, part, words[which])
 
 
 def _spread(machine: Machine, which: Array) -> Array:
@@ -136,8 +133,8 @@ def _shape(by: Instruction) -> tuple[str, int, str]:
     """Return the state space, the number of items and their type of a load or store."""
     words = [word for word in by.modifiers if not _is_hint(word)]
     space = _space(by, words)
-    count = int((take(by, words, ("v2", "v4", "v8")) or "v1")[1:])
-    type_ = take(by, words, _TYPES)
+    count = int((take(words, ("v2", "v4", "v8")) or "v1")[1:])
+    type_ = take(words, _TYPES)
     require_none(by, words)
     if not type_ or count * values.width(type_) > 128:
         raise unsupported(by)
@@ -156,7 +153,7 @@ def _load(binder: Binder, by: Instruction) -> Step:
         return _load_parameter(binder, by)
     space, count, type_ = _shape(by)
     target, address = operands_of(by, (2,))
-    place, item = _place(binder, by, address), values.width(type_) // 8
+    place, item = place_of(binder, by, address), values.width(type_) // 8
     registers = [None if one is None else binder.register(by, one) for one in _items(by, target, count)]
     puts = [(number, *_holder(one, type_)) for number, one in enumerate(registers) if one is not None]
     narrow = values.DTYPES[type_ if type_[0] in "us" else f"u{8 * item}"]
@@ -176,8 +173,8 @@ def _holder(register: Register, type_: str) -> tuple[int, str]:
 
 def _load_parameter(binder: Binder, by: Instruction) -> Step:
     words = [word for word in by.modifiers if word != "param"]
-    count = int((take(by, words, ("v2", "v4")) or "v1")[1:])
-    type_ = take(by, words, _TYPES)
+    count = int((take(words, ("v2", "v4")) or "v1")[1:])
+    type_ = take(words, _TYPES)
     require_none(by, words)
     target, address = operands_of(by, (2,))
     starts = parameter_offsets([parameter.size for parameter in binder.kernel.parameters])
@@ -215,7 +212,7 @@ def _store(binder: Binder, by: Instruction) -> Step | None:
         return None  # an argument of a call, which is an error once it is reached
     space, count, type_ = _shape(by)
     address, source = operands_of(by, (2,))
-    place, item = _place(binder, by, address), values.width(type_) // 8
+    place, item = place_of(binder, by, address), values.width(type_) // 8
     word = np.dtype(f"uint{8 * item}")
     sources = []
     for one in _items(by, source, count):
@@ -249,9 +246,9 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 def _atomic(binder: Binder, by: Instruction) -> Step:
     words = [word for word in by.modifiers if not _is_hint(word)]
     space = _space(by, words)
-    operation = take(by, words, tuple(_ATOMICS))
-    take(by, words, ("noftz",))
-    type_ = take(by, words, _TYPES)
+    operation = take(words, tuple(_ATOMICS))
+    take(words, ("noftz",))
+    type_ = take(words, _TYPES)
     require_none(by, words)
     floats = type_ in values.FLOATS
     if not operation or not type_ or (floats and operation not in ("add", "exch", "min", "max")):
@@ -259,7 +256,7 @@ def _atomic(binder: Binder, by: Instruction) -> Step:
     sources = 2 if operation == "cas" else 1
     operands = operands_of(by, (sources + (1 if by.opcode == "red" else 2),))
     target = None if by.opcode == "red" or operands[0] is None else binder.slot(by, operands[0], type_)
-    place = _place(binder, by, operands[-1 - sources])
+    place = place_of(binder, by, operands[-1 - sources])
     slots = [binder.slot(by, operand, type_) for operand in operands[-sources:]]
     function = _ATOMICS[operation]
     item, word = values.width(type_) // 8, f"uint{values.width(type_)}"
@@ -270,15 +267,14 @@ def _atomic(binder: Binder, by: Instruction) -> Step:
         addresses = place.of(machine)
         given = [_gather_any(machine, type_, slot) for slot in slots]
         old = np.empty(given[0].shape, values.DTYPES[type_])
-        with _parts(machine, space, addresses) as parts:
-            for name, which, part in parts:
-                chosen = np.arange(len(addresses)) if which is None else np.flatnonzero(which)
-                with machine.narrowed(_spread(machine, which) if which is not None else machine.selected):
-                    table, index = _atomic_table(machine, by, name, part, item, word)
-                typed = table.view(values.DTYPES[type_]).reshape(-1, *old.shape[1:])
-                for thread, at in zip(chosen.tolist(), index.tolist(), strict=True):
-                    old[thread] = typed[at]
-                    typed[at] = function(typed[at], *(value[thread] for value in given))
+        for name, which, part in _parts(space, addresses):
+            chosen = np.arange(len(addresses)) if which is None else np.flatnonzero(which)
+            with machine.narrowed(machine.selected if which is None else _spread(machine, which)):
+                table, index = _atomic_table(machine, by, name, part, item, word)
+            typed = table.view(values.DTYPES[type_]).reshape(-1, *old.shape[1:])
+            for thread, at in zip(chosen.tolist(), index.tolist(), strict=True):
+                old[thread] = typed[at]
+                typed[at] = function(typed[at], *(value[thread] for value in given))
         if target is not None:
             machine.scatter(type_, target, old)
 
@@ -336,7 +332,7 @@ def _copy(binder: Binder, by: Instruction) -> Step:
     if words[2] not in ("shared", "shared::cta"):
         raise unsupported(by)
     target, source, size, *rest = operands_of(by, (3, 4))
-    to, start = _place(binder, by, target), _place(binder, by, source)
+    to, start = place_of(binder, by, target), place_of(binder, by, source)
     bytes_, given = binder.slot(by, size, "u32"), [binder.slot(by, one, "u32") for one in rest]
 
     def step(machine: Machine) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optframe_trt.emulator.faults import KernelFault, Unsupported
 from optframe_trt.emulator.program import Binder, Control, ControlBuilder, Step, require_none, take, unsupported
 from optframe_trt.emulator.ptx import Immediate, Instruction, Name, Operand, operands_of
 
@@ -23,7 +24,7 @@ def _branch(binder: Binder, by: Instruction) -> Control:
     if by.opcode == "brx":
         return _indexed_branch(binder, by)
     modifiers = list(by.modifiers)
-    take(by, modifiers, ("uni",))
+    take(modifiers, ("uni",))
     require_none(by, modifiers)
     (target,) = operands_of(by, (1,))
     there = binder.label(by, target)
@@ -56,7 +57,7 @@ def _indexed_branch(binder: Binder, by: Instruction) -> Control:
 
 def _exit(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
-    take(by, modifiers, ("uni",))
+    take(modifiers, ("uni",))
     require_none(by, modifiers)
     if by.guard is None:
         return lambda machine, here: machine.exit()
@@ -71,20 +72,19 @@ def _exit(binder: Binder, by: Instruction) -> Control:
 
 def _fails(binder: Binder, by: Instruction) -> Control:
     """A call or a trap: nothing that the emulator can run, so an error once a thread gets there."""
-    reasons = {
-        "trap": "stops the kernel",
-        "call": "calls a function that was not inlined (assert and printf are such), which the emulator cannot run",
-    }
-    reason = reasons[by.opcode]
+    kind, reason = {
+        "trap": (KernelFault, "stops the kernel"),
+        "call": (Unsupported, "calls a function that was not inlined, as assert and printf, which cannot be emulated"),
+    }[by.opcode]
     guard = by.guard
 
     def fail(machine: Machine, here: int) -> int | None:
         if guard is None:
-            machine.fault(by, reason)
+            machine.fault(by, reason, kind=kind)
         chosen = machine.views["pred"][guard[0].index]
         with machine.narrowed(chosen if guard[1] else ~chosen) as any_left:
             if any_left:
-                machine.fault(by, reason)
+                machine.fault(by, reason, kind=kind)
         return here + 1
 
     return fail
@@ -95,13 +95,13 @@ def _barrier(binder: Binder, by: Instruction) -> Control:
         (members,) = operands_of(by, (1,))
         return together(binder, by, lambda machine: None, members)
     modifiers = list(by.modifiers)
-    take(by, modifiers, ("cta",))
-    kind = take(by, modifiers, ("sync", "red"))
+    take(modifiers, ("cta",))
+    kind = take(modifiers, ("sync", "red"))
     if not kind or by.guard:
         raise unsupported(by)
     if kind == "red":
         return _reducing_barrier(binder, by, modifiers)
-    take(by, modifiers, ("aligned",))
+    take(modifiers, ("aligned",))
     require_none(by, modifiers)
     operands = operands_of(by, (1, 2))
     return _Barrier(binder, by, operands[0], operands[1] if len(operands) == 2 else None)
@@ -188,9 +188,9 @@ class _ReducingBarrier(_Barrier):
 
 
 def _reducing_barrier(binder: Binder, by: Instruction, modifiers: list[str]) -> Control:
-    kind = take(by, modifiers, ("popc", "and", "or"))
-    take(by, modifiers, ("aligned",))
-    type_ = take(by, modifiers, ("u32", "pred"))
+    kind = take(modifiers, ("popc", "and", "or"))
+    take(modifiers, ("aligned",))
+    type_ = take(modifiers, ("u32", "pred"))
     require_none(by, modifiers)
     if not kind or (kind == "popc") != (type_ == "u32"):
         raise unsupported(by)

@@ -251,8 +251,8 @@ def _test(binder: Binder, by: Instruction) -> Step:
         "normal": lambda x: np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny),
         "subnormal": lambda x: (np.abs(x) < np.finfo(x.dtype).tiny) & (x != 0),
     }
-    which = take(by, modifiers, tuple(tests))
-    type_ = take(by, modifiers, ("f32", "f64"))
+    which = take(modifiers, tuple(tests))
+    type_ = take(modifiers, ("f32", "f64"))
     require_none(by, modifiers)
     target, source = operands_of(by, (2,))
     result, slot = binder.slot(by, target, "pred"), binder.slot(by, source, type_)

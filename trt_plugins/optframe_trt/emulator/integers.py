@@ -28,7 +28,7 @@ def _simple(function: Function, types: tuple[str, ...], count: int) -> Builder:
 
     def build(binder: Binder, by: Instruction) -> Step:
         modifiers = list(by.modifiers)
-        type_ = take(by, modifiers, types)
+        type_ = take(modifiers, types)
         require_none(by, modifiers)
         operands = operands_of(by, (count + 1,))
         if not type_:
@@ -58,9 +58,9 @@ def _bind(function: Function, type_: str, target: int, sources: list[int]) -> St
 
 def _add(binder: Binder, by: Instruction, sign: int = 1) -> Step:
     modifiers = list(by.modifiers)
-    saturating = take(by, modifiers, ("sat",))
-    carry = take(by, modifiers, ("cc",))
-    type_ = take(by, modifiers, (*ARITHMETIC, "u16x2", "s16x2"))
+    saturating = take(modifiers, ("sat",))
+    carry = take(modifiers, ("cc",))
+    type_ = take(modifiers, (*ARITHMETIC, "u16x2", "s16x2"))
     require_none(by, modifiers)
     target, *sources = (binder.slot(by, operand, type_) for operand in operands_of(by, (3,)))
     if carry or by.opcode in ("addc", "subc"):
@@ -118,9 +118,9 @@ def _high(a: Array, b: Array) -> Array:
 def _multiply(binder: Binder, by: Instruction) -> Step:
     """mul and mad: the lower or upper half, or the whole product."""
     modifiers = list(by.modifiers)
-    which = take(by, modifiers, ("lo", "hi", "wide"))
-    carry = take(by, modifiers, ("cc",))
-    type_ = take(by, modifiers, ARITHMETIC)
+    which = take(modifiers, ("lo", "hi", "wide"))
+    carry = take(modifiers, ("cc",))
+    type_ = take(modifiers, ARITHMETIC)
     require_none(by, modifiers)
     adds = by.opcode in ("mad", "madc")
     target, first, second, *third = operands_of(by, (4 if adds else 3,))
@@ -167,8 +167,8 @@ def _multiply_with_carry(by: Instruction, type_: str, which: str, slots: tuple[i
 
 def _multiply24(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    which = take(by, modifiers, ("lo",))
-    type_ = take(by, modifiers, ("u32", "s32"))
+    which = take(modifiers, ("lo",))
+    type_ = take(modifiers, ("u32", "s32"))
     require_none(by, modifiers)
     if not which:
         raise unsupported(by)
@@ -202,7 +202,7 @@ def _shift(left: bool) -> Builder:
 
     def build(binder: Binder, by: Instruction) -> Step:
         modifiers = list(by.modifiers)
-        type_ = take(by, modifiers, types)
+        type_ = take(modifiers, types)
         require_none(by, modifiers)
         target, source, amount = operands_of(by, (3,))
         if not type_:
@@ -224,9 +224,9 @@ def _shift(left: bool) -> Builder:
 
 def _funnel(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    side = take(by, modifiers, ("l", "r"))
-    mode = take(by, modifiers, ("clamp", "wrap"))
-    type_ = take(by, modifiers, ("b32",))
+    side = take(modifiers, ("l", "r"))
+    mode = take(modifiers, ("clamp", "wrap"))
+    type_ = take(modifiers, ("b32",))
     require_none(by, modifiers)
     if not (side and mode and type_):
         raise unsupported(by)
@@ -283,7 +283,7 @@ def _permute(binder: Binder, by: Instruction) -> Step:
 
 def _extract(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    type_ = take(by, modifiers, ("u32", "s32", "u64", "s64"))
+    type_ = take(modifiers, ("u32", "s32", "u64", "s64"))
     require_none(by, modifiers)
     target, source, position, length = operands_of(by, (4,))
     if not type_:
@@ -310,7 +310,7 @@ def _extract(binder: Binder, by: Instruction) -> Step:
 
 def _insert(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    type_ = take(by, modifiers, ("b32", "b64"))
+    type_ = take(modifiers, ("b32", "b64"))
     require_none(by, modifiers)
     target, field, base, position, length = operands_of(by, (5,))
     if not type_:
@@ -351,7 +351,7 @@ def _count(function: Callable[[Array], Array], types: tuple[str, ...]) -> Builde
 
     def build(binder: Binder, by: Instruction) -> Step:
         modifiers = list(by.modifiers)
-        type_ = take(by, modifiers, types)
+        type_ = take(modifiers, types)
         require_none(by, modifiers)
         target, source = operands_of(by, (2,))
         if not type_:
@@ -394,7 +394,7 @@ def _find(binder: Binder, by: Instruction) -> Step | None:
 
 def _dot4(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    first, second = (take(by, modifiers, ("u32", "s32")) for _ in range(2))
+    first, second = (take(modifiers, ("u32", "s32")) for _ in range(2))
     require_none(by, modifiers)
     if not first or not second:
         raise unsupported(by)

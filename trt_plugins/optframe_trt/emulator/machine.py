@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from optframe.errors import PluginError
 from optframe.types import KernelLaunch
 from optframe_trt.emulator import values
 from optframe_trt.emulator.copies import PendingCopies
@@ -29,7 +30,7 @@ class Checks:
 
     races: bool = True
     uninitialised: bool = True
-    max_steps: int = 20_000_000
+    max_steps: int = 5_000_000
 
 
 class _Views(dict[str, list[Array]]):
@@ -176,10 +177,10 @@ class Machine:
         self.selected = self.where = chosen
         self.active = np.flatnonzero(chosen)
 
-    def fault(self, by: Instruction, text: str, position: int = 0) -> NoReturn:
-        """Raise KernelFault for the selected thread at `position` among those selected."""
+    def fault(self, by: Instruction, text: str, position: int = 0, kind: type[PluginError] = KernelFault) -> NoReturn:
+        """Raise an error for the thread at `position` among those selected."""
         thread = position if self.active is None else int(self.active[position])
-        raise KernelFault(f"the kernel {self.program.kernel.name}, {self.describe(thread)}: '{by.text}' {text}")
+        raise kind(f"the kernel {self.program.kernel.name}, {self.describe(thread)}: '{by.text}' {text}")
 
     def describe(self, thread: int) -> str:
         """Return which block and thread a number stands for."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optframe_trt.emulator import values
-from optframe_trt.emulator.access import _place as place_of
+from optframe_trt.emulator.access import place_of
 from optframe_trt.emulator.control import together
 from optframe_trt.emulator.program import Binder, Control, ControlBuilder, require_none, take, unsupported
 from optframe_trt.emulator.ptx import Instruction, Operand, Vector, operands_of
@@ -83,12 +83,12 @@ def _write_matrix(machine: Machine, slots: list[int], matrix: Array, type_: str)
 def _multiply(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
     for word in ("sync", "aligned"):
-        if not take(by, modifiers, (word,)):
+        if not take(modifiers, (word,)):
             raise unsupported(by)
-    shape = take(by, modifiers, tuple(f"m16n8k{depth}" for depth in (4, 8, 16, 32)))
-    layouts = take(by, modifiers, ("row",)), take(by, modifiers, ("col",))
-    saturating = take(by, modifiers, ("satfinite",))
-    types = [take(by, modifiers, ("f32", "f16", "bf16", "tf32", "s32", "s8", "u8")) for _ in range(4)]
+    shape = take(modifiers, tuple(f"m16n8k{depth}" for depth in (4, 8, 16, 32)))
+    layouts = take(modifiers, ("row",)), take(modifiers, ("col",))
+    saturating = take(modifiers, ("satfinite",))
+    types = [take(modifiers, ("f32", "f16", "bf16", "tf32", "s32", "s8", "u8")) for _ in range(4)]
     require_none(by, modifiers)
     result, first, second, added = types
     depth = int(shape.rpartition("k")[2] or 0)
@@ -124,13 +124,13 @@ def _fragment(binder: Binder, by: Instruction, operand: Operand | None, kind: st
 def _load_matrices(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
     for word in ("sync", "aligned"):
-        if not take(by, modifiers, (word,)):
+        if not take(modifiers, (word,)):
             raise unsupported(by)
-    shape = take(by, modifiers, ("m8n8",))
-    count = int((take(by, modifiers, ("x1", "x2", "x4")) or "x0")[1:])
-    transposed = bool(take(by, modifiers, ("trans",)))
-    space = take(by, modifiers, ("shared", "shared::cta"))
-    type_ = take(by, modifiers, ("b16",))
+    shape = take(modifiers, ("m8n8",))
+    count = int((take(modifiers, ("x1", "x2", "x4")) or "x0")[1:])
+    transposed = bool(take(modifiers, ("trans",)))
+    space = take(modifiers, ("shared", "shared::cta"))
+    type_ = take(modifiers, ("b16",))
     require_none(by, modifiers)
     target, address = operands_of(by, (2,))
     items = target.items if isinstance(target, Vector) else (target,)

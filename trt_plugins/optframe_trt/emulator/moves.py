@@ -21,7 +21,7 @@ TYPES = ("pred", *values.INTEGERS, *values.FLOATS)
 
 
 def _type(by: Instruction, modifiers: list[str], known: tuple[str, ...] = TYPES) -> str:
-    type_ = take(by, modifiers, known)
+    type_ = take(modifiers, known)
     if not type_:
         raise unsupported(by)
     return type_
@@ -126,9 +126,9 @@ def _operate(how: str, x: Array, y: Array) -> Array:
 
 def _set_predicate(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    how = take(by, modifiers, _COMPARISONS)
-    operation = take(by, modifiers, ("and", "or", "xor"))
-    ftz = bool(take(by, modifiers, ("ftz",)))
+    how = take(modifiers, _COMPARISONS)
+    operation = take(modifiers, ("and", "or", "xor"))
+    ftz = bool(take(modifiers, ("ftz",)))
     type_ = _type(by, modifiers)
     require_none(by, modifiers)
     if not how:
@@ -178,9 +178,9 @@ def _compared(machine: Machine, how: str, type_: str, a: int, b: int, ftz: bool)
 def _set(binder: Binder, by: Instruction) -> Step:
     """Comparison whose result is a number: 1.0 or all ones where true."""
     modifiers = list(by.modifiers)
-    how = take(by, modifiers, _COMPARISONS)
-    operation = take(by, modifiers, ("and", "or", "xor"))
-    ftz = bool(take(by, modifiers, ("ftz",)))
+    how = take(modifiers, _COMPARISONS)
+    operation = take(modifiers, ("and", "or", "xor"))
+    ftz = bool(take(modifiers, ("ftz",)))
     to, type_ = _type(by, modifiers), _type(by, modifiers)
     require_none(by, modifiers)
     if not how or operation:
@@ -343,9 +343,9 @@ _WINDOWS = {"shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "local": LOCA
 def _convert_address(binder: Binder, by: Instruction) -> Step:
     """cvta: between generic addresses and those of a space; global ones are the same."""
     modifiers = list(by.modifiers)
-    sign = -1 if take(by, modifiers, ("to",)) else 1
-    space = take(by, modifiers, ("global", "const", "param", *_WINDOWS))
-    type_ = take(by, modifiers, ("u64",))
+    sign = -1 if take(modifiers, ("to",)) else 1
+    space = take(modifiers, ("global", "const", "param", *_WINDOWS))
+    type_ = take(modifiers, ("u64",))
     require_none(by, modifiers)
     if not type_ or space == "param":
         raise unsupported(by)
@@ -362,7 +362,7 @@ def _convert_address(binder: Binder, by: Instruction) -> Step:
 
 def _is_space(binder: Binder, by: Instruction) -> Step:
     modifiers = list(by.modifiers)
-    space = take(by, modifiers, ("global", *_WINDOWS))
+    space = take(modifiers, ("global", *_WINDOWS))
     require_none(by, modifiers)
     target, source = operands_of(by, (2,))
     if not space:

@@ -130,7 +130,7 @@ def unsupported(by: Instruction) -> Unsupported:
     return Unsupported(f"the emulator does not know the PTX instruction '{by.text}'")
 
 
-def take(by: Instruction, modifiers: list[str], known: tuple[str, ...], default: str = "") -> str:
+def take(modifiers: list[str], known: tuple[str, ...], default: str = "") -> str:
     """Remove the first of `modifiers` if it is one of those known, and return it; else the default."""
     return modifiers.pop(0) if modifiers and modifiers[0] in known else default
 

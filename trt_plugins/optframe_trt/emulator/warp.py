@@ -33,9 +33,9 @@ def warps(machine: Machine, type_: str, slot: int) -> Array:
 
 def _shuffle(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
-    sync = take(by, modifiers, ("sync",))
-    mode = take(by, modifiers, ("up", "down", "bfly", "idx"))
-    type_ = take(by, modifiers, ("b32",))
+    sync = take(modifiers, ("sync",))
+    mode = take(modifiers, ("up", "down", "bfly", "idx"))
+    type_ = take(modifiers, ("b32",))
     require_none(by, modifiers)
     target, source, by_lane, clamp, members = operands_of(by, (5,))
     if not (sync and mode and type_):
@@ -88,9 +88,9 @@ def _source_lanes(mode: str, offset: Any, limit: Any) -> tuple[Array, Array]:
 
 def _vote(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
-    sync = take(by, modifiers, ("sync",))
-    mode = take(by, modifiers, ("all", "any", "uni", "ballot"))
-    type_ = take(by, modifiers, ("pred", "b32"))
+    sync = take(modifiers, ("sync",))
+    mode = take(modifiers, ("all", "any", "uni", "ballot"))
+    type_ = take(modifiers, ("pred", "b32"))
     require_none(by, modifiers)
     target, source, members = operands_of(by, (3,))
     if not (sync and mode) or (mode == "ballot") != (type_ == "b32"):
@@ -114,9 +114,9 @@ def _vote(binder: Binder, by: Instruction) -> Control:
 
 def _match(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
-    mode = take(by, modifiers, ("any", "all"))
-    sync = take(by, modifiers, ("sync",))
-    type_ = take(by, modifiers, ("b32", "b64"))
+    mode = take(modifiers, ("any", "all"))
+    sync = take(modifiers, ("sync",))
+    type_ = take(modifiers, ("b32", "b64"))
     require_none(by, modifiers)
     target, source, members = operands_of(by, (3,))
     if not (sync and mode and type_):
@@ -142,9 +142,9 @@ def _match(binder: Binder, by: Instruction) -> Control:
 
 def _reduce(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
-    sync = take(by, modifiers, ("sync",))
-    mode = take(by, modifiers, ("add", "min", "max", "and", "or", "xor"))
-    type_ = take(by, modifiers, ("u32", "s32", "b32"))
+    sync = take(modifiers, ("sync",))
+    mode = take(modifiers, ("add", "min", "max", "and", "or", "xor"))
+    type_ = take(modifiers, ("u32", "s32", "b32"))
     require_none(by, modifiers)
     target, source, members = operands_of(by, (3,))
     if not (sync and mode and type_):
