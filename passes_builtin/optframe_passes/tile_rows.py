@@ -43,8 +43,9 @@ class TileRows(GraphPass):
     and read back, it costs more time on a CPU than the arithmetic. Here a Scan takes tiles of the rows of the left
     operand, small enough for the cache, through the chain of nodes that the product begins: elementwise ops, Softmax,
     Reshape and matrix products that keep the rows apart, up to one that makes less than a quarter of the product's
-    size. Where the product is one of several matrices, as of heads, another Scan around it takes one at a time. Every
-    number of the result is computed from the same numbers as before.
+    size. Where the product is one of several matrices, as of heads, another Scan around it takes one at a time, unless
+    `matrices_apart` is false: with many cores all at once, one a core, may suit the caches as well and start fewer
+    nodes; this was measured on two. Every number of the result is computed from the same numbers as before.
 
     Takes part what makes more than 16 MB, if all shapes are known and the number of rows has a divisor that gives
     tiles of at most 1 MB and at least 32 rows. For backends that run node by node on a CPU: others
@@ -58,6 +59,7 @@ class TileRows(GraphPass):
     """
 
     name: ClassVar[str] = "tile-rows"
+    matrices_apart: bool = True
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Rewrite in place."""
@@ -66,6 +68,7 @@ class TileRows(GraphPass):
             chain = _Chain.of(surgery, node) if node.graph is not None and is_onnx(node, "MatMul") else None
             if chain is None:
                 continue
+            chain.split &= self.matrices_apart
             steps = chain.steps
             if steps is None:
                 context.near_miss(node, f"no divisor of its {chain.rows} rows makes tiles of a good size")

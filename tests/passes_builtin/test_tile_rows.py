@@ -64,6 +64,13 @@ def test_attention_one_matrix_at_a_time(check: Check) -> None:
     assert shapes(inner.inputs) == [[1, 1, 6, 8]], "12 rows of 20 numbers are 960 bytes"
 
 
+def test_attention_all_matrices_at_once(check: Check) -> None:
+    outcome = check(TileRows(matrices_apart=False), ATTENTION.format(rows=12))
+    assert outcome.ops == {"Reshape": 2, "Scan": 1, "MatMul": 2, "Softmax": 1}
+    body = body_of(outcome.node("Scan"))
+    assert shapes(body.inputs) == [[2, 3, 6, 8]], "keys and values are read whole"
+
+
 def test_small_matrices_are_not_cut(check: Check) -> None:
     outcome = check(TileRows(), ATTENTION.format(rows=8))
     assert outcome.ops == {"Reshape": 4, "Scan": 1, "MatMul": 2, "Softmax": 1}
