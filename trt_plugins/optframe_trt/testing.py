@@ -6,12 +6,13 @@ raise AssertionError with what is wrong.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -139,17 +140,28 @@ def assert_kernel_contract(
     rng = np.random.default_rng(seed)
     runs = 0
     run = _runner(device)
-    for case in draw_cases(spec, draw, rng, attributes or {}, trials):
+    cases = list(draw_cases(spec, draw, rng, attributes or {}, trials))
+    for case in cases:
         variants = [*_with_non_finite(case, rng)]
         variants += [case.changed(name, np.asarray(by)) for name, by in (offsets or {}).items()]
         for variant in (case, *variants):
             _check_kernel(run, variant, reference, roundings)
         _check_kernel(run, case, reference, roundings, offset=MISALIGNMENT)
         runs += 2 + len(variants)
-    for case in draw_cases(spec, empty, rng, attributes or {}, 1) if empty else ():
+    others = draw_cases(spec, empty, rng, attributes or {}, 1) if empty else ()
+    for case in (*others, *_by_kernels_of_others(cases)):
         _check_kernel(run, case, reference, roundings)
         runs += 1
     return runs
+
+
+def _by_kernels_of_others(cases: Sequence[Case]) -> Iterator[Case]:
+    """Yield each call as launched from every kernel that other calls are best served by and that does it too."""
+    made = {(case.launch.entry, case.launch.defines): case.launch for case in cases}
+    for case, kernel in itertools.product(cases, made.values()):
+        launch = kernels.try_launch(case.spec, (case.infos, case.outputs), case.attributes, kernel)
+        if launch is not None and not kernels.is_same(kernel, case.launch):
+            yield replace(case, launch=launch)
 
 
 def _with_non_finite(case: Case, rng: np.random.Generator) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optframe.errors import EnvironmentLacks
-from optframe.types import KernelLaunch, KernelSpec, TensorInfo
+from optframe.types import KernelSpec, TensorInfo
 from optframe_trt import driver, emulator, nvrtc
 
 Array = np.ndarray[Any, Any]
@@ -39,20 +39,11 @@ def info(array: Array) -> TensorInfo:
     return TensorInfo(array.shape, str(array.dtype))
 
 
-def on_gpu(ptx: str, launch: KernelLaunch, inputs: list[Array], outputs: list[TensorInfo], offset: int) -> list[Array]:
-    return driver.run_on_arrays(load(ptx, launch.entry), launch, inputs, outputs, offset=offset)
-
-
-def emulated(
-    ptx: str, launch: KernelLaunch, inputs: list[Array], outputs: list[TensorInfo], offset: int
-) -> list[Array]:
-    return emulator.run_on_arrays(ptx, launch, inputs, outputs, offset=offset)
-
-
 @pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Run:
     """`run(spec, inputs, outputs, attributes, offset=bytes)` -> the output arrays; None stands for an absent input.
 
+    `made_for` are the inputs and outputs that another launch of the kernel was chosen for; it is used again for these.
     Tests marked `large` take long under the emulator, so that they are slow ones there.
     """
     try:
@@ -68,9 +59,14 @@ def run(request: pytest.FixtureRequest) -> Run:
         outputs: Sequence[TensorInfo],
         attributes: Mapping[str, object],
         offset: int = 0,
+        made_for: tuple[list[TensorInfo | None], list[TensorInfo]] | None = None,
     ) -> list[Array]:
         infos = [None if array is None else info(array) for array in inputs]
-        launch = spec.launch_rule()(infos, outputs, attributes)  # type: ignore[arg-type]
+        launch = spec.launch_rule()(*(made_for or (infos, outputs)), attributes)
+        if made_for:
+            reuse = spec.reuse_rule()
+            assert reuse is not None
+            launch = reuse(infos, outputs, attributes, launch.defines)
         ptx = compiled(spec.read_source(), launch.defines)
         present = [array for array in inputs if array is not None]
         if request.param == "gpu":

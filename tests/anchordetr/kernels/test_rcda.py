@@ -294,6 +294,25 @@ class TestKernel:
         assert_close(out, rcda64(arrays, size.heads), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("largest", [Size(1, 900, 84, 84), Size(4, 3000, 13, 84), Size(1, 900, 9, 190)])
+    @pytest.mark.parametrize("size", [Size(1, 65, 9, 84), Size(2, 33, 5, 67), Size(1, 17, 9, 20), Size(1, 130, 1, 1)])
+    def test_a_kernel_made_for_larger_maps(self, run: Run, size: Size, largest: Size, dtype: str) -> None:
+        arrays = draw(size.width, size, dtype)
+        made_for = infos(largest, dtype), [TensorInfo(largest.out, dtype)]
+        (out,) = run(RCDA, arrays, [TensorInfo(size.out, dtype)], {"num_heads": size.heads}, made_for=made_for)
+        assert_close(out, rcda64(arrays, size.heads), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_masks_of_a_kernel_made_for_larger_maps(self, run: Run, dtype: str) -> None:
+        size, largest = Size(2, 40, 9, 20), Size(2, 900, 84, 84)
+        arrays = draw(1, size, dtype)
+        masks = [np.arange(20) >= np.array([[20], [13]]), np.arange(9) >= np.array([[3], [9]])]
+        wide = [TensorInfo((2, 84), "bool")] * 2
+        made_for = [*infos(largest, dtype), *wide], [TensorInfo(largest.out, dtype)]
+        (out,) = run(RCDA, [*arrays, *masks], [TensorInfo(size.out, dtype)], {"num_heads": 2}, made_for=made_for)
+        assert_close(out, rcda64(arrays, 2, *masks), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("present", [(True, True), (True, False), (False, True)])
     def test_masks(self, run: Run, dtype: str, present: tuple[bool, bool]) -> None:
         size = Size(2, 70, 21, 30)
