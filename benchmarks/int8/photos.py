@@ -23,14 +23,16 @@ from optframe_anchordetr.adapter import AnchorDETRAdapter, AnchorDETROptions
 from optframe_anchordetr.images import SUFFIXES, image_feeds, load_images
 
 
-def models(adapter: AnchorDETRAdapter, folder: Path, registry: Registry) -> Iterator[tuple[Precision, Path]]:
-    """Yield the optimised model in FP16 and INT8, with what a run does by default."""
+def models(
+    adapter: AnchorDETRAdapter, folder: Path, registry: Registry, keep: Sequence[str] = ()
+) -> Iterator[tuple[Precision, Path]]:
+    """Yield the optimised model in FP16 and INT8, with what a run does by default but for the nodes to `keep`."""
     adapter.export(folder / "exported.onnx")
     result = optframe.optimize(folder / "exported.onnx", adapter.pipeline, verify="off", registry=registry)
     fp32 = graph.save(result.model, folder / "fp32.onnx")
     ranges = calibrate(graph.load(fp32), adapter.calibration_feeds(), registry.load_calibrator(DEFAULT_CALIBRATOR)())
     ops = registry.ops()
-    yield "int8", graph.save(quantize(graph.load(fp32), ranges, ops=ops), folder / "int8.onnx")
+    yield "int8", graph.save(quantize(graph.load(fp32), ranges, keep=keep, ops=ops), folder / "int8.onnx")
     yield "fp16", graph.save(to_fp16(graph.load(fp32), ops=ops), folder / "fp16.onnx")
 
 
@@ -43,7 +45,7 @@ def run_all(model: Path, precision: Precision, feeds: Sequence[Feeds], registry:
             return [runner.run(sample) for sample in feeds]
 
 
-def measure(options: Mapping[str, Any], photographs: Path) -> dict[str, Any]:
+def measure(options: Mapping[str, Any], photographs: Path, keep: Sequence[str]) -> dict[str, Any]:
     """Return the errors of both precisions on every photograph of a folder, and the share of FLOPs in INT8."""
     adapter, registry = AnchorDETRAdapter(AnchorDETROptions(**options)), default_registry()
     names = sorted(path.name for path in photographs.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -52,7 +54,7 @@ def measure(options: Mapping[str, Any], photographs: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     shares: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for precision, model in models(adapter, Path(folder), registry):
+        for precision, model in models(adapter, Path(folder), registry, keep):
             if precision == "int8":
                 shares = asdict(flops.int8_fractions(graph.load(model), ops=registry.ops()))
             outputs = run_all(model, precision, feeds, registry)
@@ -67,6 +69,7 @@ def measure(options: Mapping[str, Any], photographs: Path) -> dict[str, Any]:
         "options": {name: str(value) for name, value in options.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment.describe(),
+        "int8_keep": list(keep),
         "int8_flops": shares,
         "errors": found,
     }
@@ -86,9 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", type=Path, help="a folder of at least two photographs that calibration has not seen")
     parser.add_argument("--shape", type=read_shape, default=(1, 3, 800, 1066))
+    parser.add_argument(
+        "--int8-keep", action="append", default=[], metavar="PATTERN", help="nodes to leave out of INT8"
+    )
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "int8-photos.json")
     arguments = parser.parse_args()
-    result = measure({"shape": arguments.shape}, arguments.images)
+    result = measure({"shape": arguments.shape}, arguments.images, arguments.int8_keep)
     arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(table(result["errors"]))
     print(f"written: {arguments.out}")
