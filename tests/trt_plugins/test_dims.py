@@ -85,6 +85,12 @@ def test_samples_to_begin_with() -> None:
     assert seen == [[7, 4, 9]]
 
 
+def test_a_dimension_whose_sample_is_1_stays_a_factor() -> None:
+    """Such as the batch, where a profile's optimal one is a single image."""
+    traced = dims.trace(lambda known: math.prod(known[0]), [(None, None, 4)], [(1, 7, 4)])
+    assert dims.evaluate(traced, [(3, 5, 4)]) == 60
+
+
 def test_what_cannot_be_followed_is_true_of_the_samples_alone() -> None:
     traced = dims.trace(lambda known: max(*known[0]), [(None, None)], [(7, 9)])
     assert dims.evaluate(traced, [(7, 9)]) == 9

@@ -108,8 +108,9 @@ class Dim(int):
 
 
 def _term(operation: str, first: int, second: int, value: int) -> int:
-    if operation == "PROD" and 1 in (int(first), int(second)):
-        return second if int(first) == 1 else first  # math.prod begins with 1
+    for factor, other in ((first, second), (second, first)) if operation == "PROD" else ():
+        if factor == 1 and not isinstance(factor, Dim):  # math.prod begins with 1
+            return other
     dim = first if isinstance(first, Dim) else second
     assert isinstance(dim, Dim)
     return Dim(value, Term(operation, first, second), dim.trace)
