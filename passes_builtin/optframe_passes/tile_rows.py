@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optframe.passes import GraphPass, PassContext, PassResult
+from optframe.passes import PASS_KEY, GraphPass, PassContext, PassResult
 from optframe_passes.edit import add_initializer, is_onnx
 from optframe_passes.surgery import Surgery, only_reader
 
@@ -66,7 +66,8 @@ class TileRows(GraphPass):
         surgery = Surgery(model, context)
         for node in surgery.nodes() if surgery.opset >= 13 else ():
             chain = _Chain.of(surgery, node) if node.graph is not None and is_onnx(node, "MatMul") else None
-            if chain is None:
+            made_by = node.metadata_props.get(PASS_KEY, "").split(",")
+            if chain is None or self.name in made_by:  # tiles of many matrices together are large themselves
                 continue
             chain.split &= self.matrices_apart
             steps = chain.steps
@@ -150,6 +151,8 @@ class _Chain:
             return axis != self.axis
         if is_onnx(node, "MatMul") and self.axis == len(before) - 2:  # other rows belong to another matrix
             return node.inputs[0] is self._end and self._note(surgery, node.inputs[1], None, len(before))
+        if is_onnx(node, "MatMul") and self.axis > len(before) - 2:  # rows are summed over
+            return False
         others = [value for value in node.inputs if value is not self._end]
         return is_onnx(node, "MatMul", *_ELEMENTWISE) and all(
             self._note(surgery, value, self._aligned(surgery.known.static(value), len(before)), len(before))

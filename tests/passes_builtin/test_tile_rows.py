@@ -71,6 +71,25 @@ def test_attention_all_matrices_at_once(check: Check) -> None:
     assert shapes(body.inputs) == [[2, 3, 6, 8]], "keys and values are read whole"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ATTENTION.format(rows=12),
+        # `a` is shared, so all matrices are cut at once; what follows the Reshape could be taken one at a time
+        "g (float[1,6,12,8] a, float[4,6,8,20] b, float[4,6,20,20] c, float[4,6,20,2] d) => (float[A,B,C,D] y)"
+        "<int64[4] split = {4, 6, 12, 20}>"
+        "{ t = MatMul (a, b) r = Reshape (t, split) u = MatMul (r, c) y = MatMul (u, d) }",
+    ],
+)
+def test_tiles_of_many_matrices_are_not_cut_again(text: str, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they make more than what counts as a large product; a pass changes nothing when it is run again."""
+    monkeypatch.setattr(tile_rows, "_LARGE_BYTES", 500)
+    outcome = check(TileRows(matrices_apart="split" in text), text)
+    assert outcome.ops["Scan"] == 1
+    again = ir.from_proto(ir.to_proto(outcome.model))
+    assert not TileRows().run(again, PassContext(pass_name="tile-rows")).modified
+
+
 def test_small_matrices_are_not_cut(check: Check) -> None:
     outcome = check(TileRows(), ATTENTION.format(rows=8))
     assert outcome.ops == {"Reshape": 4, "Scan": 1, "MatMul": 2, "Softmax": 1}
@@ -165,6 +184,14 @@ def test_other_chains_stay(text: str, why: str, check: Check) -> None:
         <int64[1] axes = {{2}}> {text.replace("(w, r)", "(v2, r)")}
     """.replace("float[2,14] w)", "float[2,14] w, float[2,20] v2)")
     assert not check(TileRows(), graph).result.modified, why
+
+
+def test_rows_that_have_become_the_last_axis_may_not_be_summed_over(check: Check) -> None:
+    text = """
+        g (float[3,100,5] a, float[3,5,1] k, float[100,2] w) => (float[A,B] y) <int64[2] flat = {3, 100}>
+        { t = MatMul (a, k) r = Reshape (t, flat) y = MatMul (r, w) }
+    """
+    assert not check(TileRows(), text).result.modified
 
 
 @pytest.mark.parametrize("number", range(12))
