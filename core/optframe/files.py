@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> Path:
         InputError: the folder cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    with writing(path), _replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
@@ -50,7 +50,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> Path:
         InputError: the folder cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    with writing(path), _replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         temporary.write_bytes(data)
     return path
 
@@ -87,7 +87,7 @@ def copy(source: Path, target: Path) -> Path:
         InputError: the folder cannot be made or written.
         EnvironmentLacks: the disk is full.
     """
-    with writing(target), _replacing(target, folders=source.is_dir()) as temporary:
+    with writing(target), replacing(target, folders=source.is_dir()) as temporary:
         if source.is_dir():
             shutil.copytree(source, temporary)
         else:
@@ -96,7 +96,7 @@ def copy(source: Path, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, *, folders: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, folders: bool = False) -> Iterator[Path]:
     """Yield a name in a temporary folder beside `path`; what is there at the end takes the place of `path`.
 
     A folder at `path` is an error without `folders`: a file never takes its place, and what is in it would be lost.

@@ -22,7 +22,7 @@ from optframe.passes import PASS_KEY
 from optframe.stages import RunRequest
 from optframe.types import OpSpec, Precision
 from optframe_anchordetr.ops import LAYER_NORM
-from optframe_trt import flavours, nvrtc
+from optframe_trt import backend, flavours, nvrtc
 from optframe_trt.backend import TensorRTBackend, TensorRTRTXBackend
 
 needs_rtx = pytest.mark.skipif(not flavours.is_installed("tensorrt-rtx"), reason="needs tensorrt-rtx-cu13")
@@ -428,6 +428,24 @@ def test_a_signal_ends_the_build_and_its_process(tmp_path: Path, number: signal.
     assert "Traceback" not in errors
     assert not (tmp_path / "engines").exists()
     assert not [worker for worker in workers if worker.exists()]
+
+
+@needs_rtx
+def test_a_signal_behind_the_build_leaves_no_engine_without_its_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = build(tmp_path, small_model((2, 6, 32)))
+    kept = {path: path.read_bytes() for path in (before.path, sidecar(before.path))}
+    monkeypatch.setattr(backend, "layer_nodes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, small_model((3, 6, 32)))
+    assert {path: path.read_bytes() for path in kept} == kept
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "new", small_model())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
 
 
 @pytest.mark.gpu_tensorrt

@@ -11,7 +11,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from optframe import environment, graph, ops, progress, store
+from optframe import environment, files, graph, ops, progress, store
 from optframe.backend import BuildOptions, Engine, Runner
 from optframe.backends.onnxruntime import check_precision
 from optframe.backends.settings import parse_settings
@@ -88,7 +88,7 @@ class TensorRTBackend:
         return {"": options, "no plugins": replace(options, options={**options.options, "plugins": NONE})}
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> Engine:
-        """Build `folder`/model.engine, and model.engine.json beside it.
+        """Build `folder`/model.engine, and model.engine.json beside it; neither is there before both are known.
 
         Raises:
             InputError: the model, precision, profile or an option cannot be honoured, which is found before the build.
@@ -103,12 +103,12 @@ class TensorRTBackend:
         aot = settings.aot and flavour.can.aot_plugins
         prepare(loaded, plugins, aot=aot)
         engine = Engine(folder / ENGINE_FILE, self.name, options.precision, "cuda")
-        with tempfile.TemporaryDirectory(prefix="optframe-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="optframe-") as scratch, files.replacing(engine.path) as built:
             request = BuildRequest(
                 flavour=flavour.name,
                 source=model.resolve(),
                 model=graph.save(loaded, Path(scratch) / "model.onnx"),
-                engine=engine.path.resolve(),
+                engine=built.resolve(),
                 settings=settings,
                 targets=targets,
                 plugins=plugins,
@@ -117,9 +117,9 @@ class TensorRTBackend:
                 timing_cache=_timing_cache(flavour, settings),
             )
             result = _build(flavour, request, loaded, Path(scratch) / "worker.log")
-        remarks = [*_remarks(flavour, request, options.precision), *_narrowed(loaded)]
-        facts = _facts(engine, request, result, loaded, remarks)
-        engine_file.write(engine.path, facts)
+            remarks = [*_remarks(flavour, request, options.precision), *_narrowed(loaded)]
+            facts = _facts(options.precision, request, result, loaded, remarks)
+            engine_file.write(engine.path, facts)
         return Engine(engine.path, self.name, options.precision, "cuda", facts.warnings)
 
     def open(self, engine: Engine) -> Runner:
@@ -207,16 +207,16 @@ def _narrowed(model: ir.Model) -> list[str]:
 
 
 def _facts(
-    engine: Engine, request: BuildRequest, result: BuildResult, model: ir.Model, remarks: Sequence[str]
+    precision: Precision, request: BuildRequest, result: BuildResult, model: ir.Model, remarks: Sequence[str]
 ) -> EngineFacts:
     inside = {spec.identifier: spec.version for spec in request.plugins}
     return EngineFacts(
         backend=request.flavour,
         version=result.version,
-        precision=engine.precision,
+        precision=precision,
         targets=request.targets,
-        size=engine.path.stat().st_size,
-        hashes={"engine": store.hash_file(engine.path), "model": store.hash_file(request.source)},
+        size=request.engine.stat().st_size,
+        hashes={"engine": store.hash_file(request.engine), "model": store.hash_file(request.source)},
         inputs=result.inputs,
         outputs=result.outputs,
         plugins={} if request.aot else inside,
