@@ -154,7 +154,8 @@ class LaunchRule(Protocol):
 class ReuseRule(Protocol):
     """Launches a kernel that was made for other shapes, known by its `defines`; raises InputError for what it can't do.
 
-    The launch has these `defines`. Where the launch rule chooses them itself, both rules return the same launch.
+    The launch has these `defines`. Where the launch rule chooses them itself, both rules return the same launch. The
+    kernel is one that the launch rule chose for the same dtypes, attributes and present inputs: shapes alone differ.
     """
 
     def __call__(

@@ -75,21 +75,28 @@ def choose_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object]) ->
     """Return the launch of the kernel that is best for a call.
 
     Raises:
-        PluginError: the op's shape rule and the outputs disagree.
+        PluginError: the op's shape rule and the outputs disagree, or its launch rule returns no launch.
         InputError: the op's rules refuse the call.
     """
     inputs, outputs = call
     inferred = spec.infer(inputs, attributes)
     if tuple(inferred) != tuple(outputs):
         raise PluginError(f"its shape rule says {texts(inferred)} of {texts(inputs)}, not {texts(outputs)}")
-    return kernel_of(spec).launch_rule()(inputs, outputs, attributes)
+    return _launch_of("launch rule", kernel_of(spec).launch_rule()(inputs, outputs, attributes))
+
+
+def _launch_of(rule: str, returned: object) -> KernelLaunch:
+    """Return what an author's `rule` returned, once it is known to be a launch."""
+    if not isinstance(returned, KernelLaunch):
+        raise PluginError(f"its {rule} returns {str(returned)[:80]}, not a KernelLaunch")
+    return returned
 
 
 def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], kernel: Kernel) -> KernelLaunch:
     """Return the launch of `kernel`, which may have been made for other shapes, for a call.
 
     Raises:
-        PluginError: the op's shape rule and the outputs disagree, or its reuse rule launches another kernel.
+        PluginError: the op's shape rule and the outputs disagree, or a rule returns no launch, or of another kernel.
         InputError: the kernel cannot do the call.
     """
     launch = choose_launch(spec, call, attributes)
@@ -98,7 +105,7 @@ def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], ker
     rule = kernel_of(spec).reuse_rule()
     if rule is None:
         raise InputError("its kernel is one for other shapes")
-    launch = rule(*call, attributes, kernel.defines)
+    launch = _launch_of("reuse rule", rule(*call, attributes, kernel.defines))
     if not is_same(launch, kernel):
         found = differences([(each.entry, each.defines) for each in (kernel, launch)])
         raise PluginError(f"its reuse rule launches another kernel than it was given ({found})")

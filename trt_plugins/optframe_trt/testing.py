@@ -6,7 +6,6 @@ raise AssertionError with what is wrong.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from optframe.errors import EnvironmentLacks, InputError
+from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.testing import ROUNDINGS, UNIT_ROUNDOFF
 from optframe.types import KernelLaunch, OpSpec, TensorInfo
 from optframe_trt import calls, creators, driver, emulator, fields, kernels, nvrtc
@@ -35,19 +34,28 @@ Device = Literal["auto", "gpu", "emulator"]
 MISALIGNMENT = 4
 """Bytes that arrays lie off their alignment in one of the runs: less than the 16 that vector accesses want."""
 
+OTHER_SHAPES = 4
+"""So many others are drawn for each call, whose kernels it is run from as well where a reuse rule allows it."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op that its kernel takes: the inputs that are present by name, and what the rules say of it."""
+    """One call of an op that its kernel takes: the inputs that are present by name, and what the rules say of it.
+
+    `kernel_for` says which call the kernel is best for, if it is another one.
+    """
 
     spec: OpSpec
     inputs: Mapping[str, Array]
     attributes: Mapping[str, Any]
     outputs: tuple[TensorInfo, ...]
     launch: KernelLaunch
+    kernel_for: str = ""
 
     def __str__(self) -> str:
-        return f"{self.spec.identifier}({', '.join(f'{n} {a.dtype}{list(a.shape)}' for n, a in self.inputs.items())})"
+        inputs = ", ".join(f"{n} {a.dtype}{list(a.shape)}" for n, a in self.inputs.items())
+        reused = f" by the kernel for {self.kernel_for}" if self.kernel_for else ""
+        return f"{self.spec.identifier}({inputs}){reused}"
 
     @property
     def infos(self) -> list[TensorInfo | None]:
@@ -89,15 +97,26 @@ def draw_cases(
     for wanted in [*names, *[None] * len(names)] * trials:
         drawn = draw(rng)
         dtypes = {p.name: wanted if wanted in p.dtypes else str(rng.choice(p.dtypes)) for p in spec.inputs}
-        inputs = {n: np.asarray(drawn[n]).astype(onnx_type(dtypes[n]).numpy()) for n in dtypes if n in drawn}
-        try:
-            outputs = tuple(spec.infer(_infos(spec, inputs), given))
-            launch = kernels.kernel_of(spec).launch_rule()(_infos(spec, inputs), outputs, given)
-        except InputError:
-            continue  # a kernel may refuse mixtures and sizes that the function takes
-        found += 1
-        yield Case(spec, inputs, given, outputs, launch)
+        case = _case(spec, drawn, dtypes, given)
+        if case is not None:
+            found += 1
+            yield case
     assert found, f"{spec.identifier}: its rules refuse every call that was drawn"
+
+
+def _case(
+    spec: OpSpec, drawn: Mapping[str, Array], dtypes: Mapping[str, str], attributes: Mapping[str, Any]
+) -> Case | None:
+    """Return the call with what was drawn in `dtypes`; None where the op's rules refuse it."""
+    inputs = {n: np.asarray(drawn[n]).astype(onnx_type(dtypes[n]).numpy()) for n in dtypes if n in drawn}
+    infos = _infos(spec, inputs)
+    try:
+        outputs = tuple(spec.infer(infos, attributes))
+        return Case(spec, inputs, attributes, outputs, kernels.choose_launch(spec, (infos, outputs), attributes))
+    except PluginError:
+        raise
+    except InputError:
+        return None  # a kernel may refuse mixtures and sizes that the function takes
 
 
 def assert_kernel_contract(
@@ -116,9 +135,10 @@ def assert_kernel_contract(
     """Check that the kernel computes what `reference` does, in every dtype and mixture; return the runs.
 
     That is: at the shapes drawn; on arrays off their alignment; with one NaN and one infinity in each float input,
-    which must come out where the reference has them; with large offsets; without any row; never writing outside
-    outputs. Under the emulator also: never reading outside arrays, no races in shared memory, no use of what nobody
-    wrote there, no barrier in divergent code (see `optframe_trt.emulator`).
+    which must come out where the reference has them; with large offsets; without any row; from kernels for other
+    shapes, where a reuse rule launches them; never writing outside outputs. Under the emulator also: never reading
+    outside arrays, no races in shared memory, no use of what nobody wrote there, no barrier in divergent code (see
+    `optframe_trt.emulator`).
 
     Args:
         draw: returns one call's inputs by parameter name, of random odd shapes, floats in any float dtype.
@@ -134,6 +154,7 @@ def assert_kernel_contract(
 
     Raises:
         EnvironmentLacks: there is no NVRTC, or no GPU where one is asked for.
+        PluginError: a rule returns what it must not, or the source does not compile.
         KernelFault: the kernel did what the emulator watches for.
         Unsupported: the kernel has an instruction that the emulator does not know.
     """
@@ -149,19 +170,27 @@ def assert_kernel_contract(
         _check_kernel(run, case, reference, roundings, offset=MISALIGNMENT)
         runs += 2 + len(variants)
     others = draw_cases(spec, empty, rng, attributes or {}, 1) if empty else ()
-    for case in (*others, *_by_kernels_of_others(cases)):
+    for case in (*others, *_by_kernels_of_others(cases, draw, rng)):
         _check_kernel(run, case, reference, roundings)
         runs += 1
     return runs
 
 
-def _by_kernels_of_others(cases: Sequence[Case]) -> Iterator[Case]:
-    """Yield each call as launched from every kernel that other calls are best served by and that does it too."""
-    made = {(case.launch.entry, case.launch.defines): case.launch for case in cases}
-    for case, kernel in itertools.product(cases, made.values()):
-        launch = kernels.try_launch(case.spec, (case.infos, case.outputs), case.attributes, kernel)
-        if launch is not None and not kernels.is_same(kernel, case.launch):
-            yield replace(case, launch=launch)
+def _by_kernels_of_others(cases: Sequence[Case], draw: Draw, rng: np.random.Generator) -> Iterator[Case]:
+    """Yield each call as launched from kernels that are best for calls of other shapes, if they do it too.
+
+    An engine asks for no others: a node's dtypes, attributes and present inputs are the same at all shapes.
+    """
+    for case in cases if cases[0].spec.kernel and cases[0].spec.kernel.reuse else ():
+        dtypes = {name: array.dtype.name for name, array in case.inputs.items()}
+        for _ in range(OTHER_SHAPES):
+            drawn = draw(rng)
+            other = _case(case.spec, drawn, dtypes, case.attributes) if drawn.keys() == dtypes.keys() else None
+            if other is None or kernels.is_same(other.launch, case.launch):
+                continue
+            launch = kernels.try_launch(case.spec, (case.infos, case.outputs), case.attributes, other.launch)
+            if launch is not None:
+                yield replace(case, launch=launch, kernel_for=str(other))
 
 
 def _with_non_finite(case: Case, rng: np.random.Generator) -> Iterator[Case]:
@@ -402,11 +431,13 @@ def assert_ptx_contract(
 
     Raises:
         EnvironmentLacks: no NVRTC is installed.
+        PluginError: the source does not compile.
     """
-    nvrtc.compile_ptx("")
     kernel, capability = kernels.kernel_of(spec), kernels.capability(target)
     defines = dict.fromkeys(case.launch.defines for case in draw_cases(spec, draw, seed, attributes, trials))
     jobs = [(kernel.read_source(), kernel.source, chosen, (capability,)) for chosen in defines]
+    for source, name, chosen, targets in jobs:
+        nvrtc.compile_ptx(source, name=name, defines=chosen, targets=targets)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", COMPILE]
     done = [
