@@ -159,6 +159,12 @@ class TestBarriers:
         assert "'bar.sync 1, 64;' is never left" in message.replace("64'", "64;'")
         assert "others wait at 'bar.sync 2, 64" in message
 
+    def test_lanes_that_exit_do_not_count(self, emulate: Emulate) -> None:
+        (y,) = emulate(
+            kernel("if (t >= 40) return; __syncthreads(); y[t] = 1;"), [np.ones(64, np.float32)], [FLOATS], block=64
+        )
+        assert (y[:40] == 1).all()
+
     def test_a_lane_that_is_not_in_its_mask(self, fault: Fault) -> None:
         assert "its mask of members lacks" in fault("y[t] = __shfl_sync(0xffffu, x[t], 0);")
 
@@ -219,6 +225,11 @@ class TestLimits:
             emulate(source, [np.ones(64, np.float32)], [FLOATS], extras=(1,))
         with pytest.raises(KernelFault, match="2048 threads a block"):
             emulate(source, [np.ones(64, np.float32)], [FLOATS], block=2048)
+        emulate(source, [np.ones(64, np.float32)], [FLOATS], block=64, shared=48 * 1024)
+        own = kernel("__shared__ float s[64]; s[t] = x[t]; y[t] = s[t];")
+        for text, shared in ((source, 49153), (own, 49152 - 255)):
+            with pytest.raises(KernelFault, match="with 49153 bytes of shared memory a block, but 49152 are the most"):
+                emulate(text, [np.ones(64, np.float32)], [FLOATS], block=64, shared=shared)
         text = ".version 8.0\n.target sm_80\n"
         with pytest.raises(Unsupported, match="has no kernel k"):
             emulator.run_on_arrays(text, KernelLaunch("k", (), (1, 1, 1), (32, 1, 1)), [], [])

@@ -9,7 +9,9 @@ instruction, its block and its thread:
 - shared memory: accesses out of bounds or misaligned, reads of what nobody wrote, races between warps: two accesses to
   a byte, one of them a write, with no barrier between. `cp.async` puts poison there until its group is waited for.
   `ldmatrix` may read rows that nobody wrote, as tiles that reach past the data do, and gets poison;
-- barriers: in divergent code, or never left; lanes that an instruction of a warp waits for and that do not come;
+- barriers: in divergent code, or never left; lanes that an instruction of a warp waits for and that do not come. Lanes
+  that have exited do not count, as on a GPU: a barrier that some pass by on their way to the end is no fault;
+- launches beyond a GPU's limits, such as 48 KB of shared memory a block;
 - steps without end, `trap`, and calls of functions that were not inlined, which are errors once they are reached.
 
 Registers hold poison until they are written, and so do shuffles from lanes that are not there. What it does not watch:

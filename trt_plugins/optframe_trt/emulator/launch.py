@@ -23,6 +23,9 @@ _GUARD = 1 << 16
 _BATCH = 4096
 """Threads that run in lockstep, at least a block: enough that NumPy's calls are long, few enough for the cache."""
 
+_SHARED_BYTES = 48 * 1024
+"""What a block gets of shared memory without a special request, which neither our driver calls nor TensorRT make."""
+
 _LIMITS = {"block": (1024, 1024, 64), "grid": (2**31 - 1, 65535, 65535)}
 
 
@@ -74,6 +77,12 @@ def _check_launch(program: Program, launch: KernelLaunch, inputs: int, outputs: 
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     if not 0 < threads <= 1024:
         raise KernelFault(f"the kernel {launch.entry} is launched with {threads} threads a block, not 1 to 1024")
+    shared = program.layout.shared_bytes + launch.shared_bytes
+    if not 0 <= shared <= _SHARED_BYTES:
+        raise KernelFault(
+            f"the kernel {launch.entry} is launched with {shared} bytes of shared memory a block, "
+            f"but {_SHARED_BYTES} are the most"
+        )
     for name, most in _LIMITS.items():
         got = getattr(launch, name)
         if any(size > limit for size, limit in zip(got, most, strict=True)):
