@@ -112,9 +112,7 @@ def _backend_table(backends: list[dict[str, Any]]) -> Table:
 
 
 def _backend_remark(backend: dict[str, Any]) -> str:
-    if backend["missing"]:
-        return str(backend["missing"])
     versions = ", ".join(f"{name} {version}" for name, version in backend["versions"].items())
     reason = f"; its engines do not run here: {backend['cannot_run']}" if backend["cannot_run"] else ""
     options = f"\noptions: {', '.join(backend['options'])}" if backend["options"] else ""
-    return versions + reason + options
+    return str(backend["missing"] or versions + reason) + options
