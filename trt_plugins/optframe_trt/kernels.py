@@ -95,21 +95,23 @@ def _launch_of(rule: str, returned: object) -> KernelLaunch:
 def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], kernel: Kernel) -> KernelLaunch:
     """Return the launch of `kernel`, which may have been made for other shapes, for a call.
 
+    It is the reuse rule's, where there is one, also if the launch rule chooses this kernel: what the kernel fixes, such
+    as threads a block, is a constant there, and no matter of shapes that an ahead-of-time plugin would have to follow.
+
     Raises:
         PluginError: the op's shape rule and the outputs disagree, or a rule returns no launch, or of another kernel.
         InputError: the kernel cannot do the call.
     """
     launch = choose_launch(spec, call, attributes)
+    rule = kernel_of(spec).reuse_rule()
+    if rule is not None:
+        launch = _launch_of("reuse rule", rule(*call, attributes, kernel.defines))
     if is_same(launch, kernel):
         return launch
-    rule = kernel_of(spec).reuse_rule()
     if rule is None:
         raise InputError("its kernel is one for other shapes")
-    launch = _launch_of("reuse rule", rule(*call, attributes, kernel.defines))
-    if not is_same(launch, kernel):
-        found = differences([(each.entry, each.defines) for each in (kernel, launch)])
-        raise PluginError(f"its reuse rule launches another kernel than it was given ({found})")
-    return launch
+    found = differences([(each.entry, each.defines) for each in (kernel, launch)])
+    raise PluginError(f"its reuse rule launches another kernel than it was given ({found})")
 
 
 def is_same(first: Kernel, second: Kernel) -> bool:

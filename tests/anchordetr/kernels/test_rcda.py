@@ -14,7 +14,8 @@ from optframe.errors import InputError
 from optframe.types import KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels import RCDA
 from optframe_anchordetr.kernels.rcda import SHARED_BYTES
-from optframe_trt import nvrtc
+from optframe_anchordetr.ops import RCDA as OP
+from optframe_trt import dims, kernels, nvrtc
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
@@ -164,6 +165,25 @@ class TestLaunchRule:
             assert chosen.grid[0] * warps(chosen) * queries_of_warp(chosen) >= size.queries
             assert chosen.shared_bytes <= kernel.shared_bytes
         assert reused(largest, dtype, kernel) == kernel
+
+    @pytest.mark.parametrize("largest", [Size(4, 7056, 84, 84, heads=8), Size(4, 900, 300, 400, heads=8)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_launches_are_expressions_of_dimensions(self, dtype: str, largest: Size) -> None:
+        """Those of the kernel for all shapes of a profile, also where it is the best for the optimal ones."""
+        attributes, kernel = {"num_heads": 8}, launch(largest, dtype)
+        shapes = [(None, None, 256)] * 4 + [(None, None, None, 256)]
+
+        def rule(known: list[tuple[int, ...]]) -> KernelLaunch:
+            given = [TensorInfo(shape, dtype) for shape in known]
+            return kernels.reuse_launch(OP, (given, OP.infer(given, attributes)), attributes, kernel)
+
+        for optimal in (largest, Size(1, 7, 5, 9, heads=8)):
+            traced = dims.trace(rule, shapes, optimal.shapes)
+            for size in (largest, Size(1, 1, 1, 1, heads=8), Size(3, 77, 30, 50, heads=8)):
+                wanted = reused(size, dtype, kernel)
+                found = [traced.grid, traced.block, (traced.shared_bytes,), traced.extras]
+                values = [tuple(dims.evaluate(dim, size.shapes) for dim in part) for part in found]
+                assert values == [wanted.grid, wanted.block, (wanted.shared_bytes,), wanted.extras]
 
     @pytest.mark.parametrize(
         ("dtype", "made", "asked", "message"),
