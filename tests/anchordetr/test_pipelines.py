@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def assert_settled(optimized: ir.Model, pipeline: str) -> None:
     assert Snapshot.take(optimized).same(Snapshot.take(again), types=False)
 
 
-def check(model: AnchorDETR, folder: Path, options: ExportOptions, pipeline: str, limit: int) -> None:
+def check(model: AnchorDETR, folder: Path, options: ExportOptions, pipeline: str, limit: int) -> ir.Model:
     path = export(model, folder / "model.onnx", options)
     optimized = optimize(path, pipeline, verify="off").model
     onnx.checker.check_model(ir.to_proto(optimized), full_check=True)
@@ -81,6 +82,7 @@ def check(model: AnchorDETR, folder: Path, options: ExportOptions, pipeline: str
     with torch.inference_mode():
         exact = [array.numpy() for array in copy.deepcopy(model).double()(torch.from_numpy(image).double())]
     assert_as_good(outputs(optimized, image), outputs(graph.load(path), image), exact)
+    return optimized
 
 
 @pytest.mark.parametrize("pipeline", ["anchordetr-cuda"])
@@ -97,6 +99,16 @@ def test_nodes_and_results_of_every_export(
     seeded_model: AnchorDETR, exporter: Any, opset: int, pipeline: str, tmp_path: Path
 ) -> None:
     check(seeded_model, tmp_path, ExportOptions(SHAPE, opset, exporter), pipeline, LIMITS[pipeline])
+
+
+@pytest.mark.slow  # a minute
+def test_the_pipeline_for_cpus_at_full_size(seeded_model: AnchorDETR, tmp_path: Path) -> None:
+    """Only there convolutions and products are large enough for what it does beyond `portable`."""
+    optimized = check(seeded_model, tmp_path, ExportOptions((1, 3, 800, 1066)), "cpu", 900)
+    ops = Counter(node.op_type for node in optimized.graph)
+    assert ops["Scan"] == 17, "loops over heads: twelve row-column attentions, five self-attentions of the decoder"
+    assert ops["ConvTranspose"] > 0, "convolutions by Winograd's method"
+    assert ops["Max"] > 0, "softmaxes whose weights are lifted out of the denormal numbers"
 
 
 @pytest.mark.slow  # the whole detector, exported for each: 15 s a case
