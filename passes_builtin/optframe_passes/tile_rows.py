@@ -128,6 +128,11 @@ class _Chain:
         return None
 
     @property
+    def tile_lead(self) -> Dims:
+        """The axes before the rows as a tile has them: of one matrix, or of all."""
+        return (1,) * self.axis if self.split else self.lead
+
+    @property
     def _end(self) -> ir.Value:
         return self.nodes[-1].outputs[0]
 
@@ -185,8 +190,7 @@ def _rewrite(surgery: Surgery, chain: _Chain, steps: int) -> None:
     for value in (*chain.sliced, *chain.whole):
         loops.take(value)
     scan = loops.scan()
-    shape = surgery.initializer(nodes[-1], f"{scan.outputs[0].name}/shape", np.array(chain.dims[-1], np.int64))
-    last = surgery.new("Reshape", [scan.outputs[0], shape], nodes)
+    last = loops.reshape(scan.outputs[0], chain.dims[-1])
     made = scan.outputs[0].shape
     surgery.replace(nodes, [*loops.before, scan, last])
     scan.outputs[0].shape = made  # `replace` forgets it
@@ -213,22 +217,22 @@ class _Loops:
     def take(self, value: ir.Value) -> None:
         """Cut an operand into what each loop reads of it; one that all tiles read whole is read from outside."""
         chain, dims = self.chain, self.surgery.known.static(value) or ()
-        axis, lead = chain.sliced.get(value), chain.apart.get(value) if chain.split else None
-        cut = axis is not None and self.steps > 1
+        axis = chain.sliced.get(value) if self.steps > 1 else None  # of the rows, where they are cut
+        lead = chain.apart.get(value) if chain.split else None
         if lead is not None:
             dims = (1,) * lead + dims[lead:]
-        tile, stacked = self._cut(dims, axis) if cut and axis is not None else (dims, dims)
+        tile, stacked = (dims, dims) if axis is None else self._cut(dims, axis)
         source = value
         if lead is not None:
             source = self._typed(value, stacked)
             self.matrices[source] = self._reshaped(value, (self.matrix_count, *stacked))
-        elif cut:
+        elif axis is not None:
             source = self._reshaped(value, stacked)
         self.read[value] = source
-        if cut:
+        if axis is not None:
             self.read[value] = self._typed(value, tile)
             self.tiles[self.read[value]] = source
-            self.axes.append(0 if chain.split or axis is None else axis)
+            self.axes.append(0 if chain.split else axis)
 
     def _cut(self, dims: Dims, axis: int) -> tuple[Dims, Dims]:
         """Return the shape of a tile, and of all of them stacked."""
@@ -240,8 +244,7 @@ class _Loops:
     def scan(self) -> ir.Node:
         """Return the outermost Scan."""
         chain, last = self.chain, self.chain.dims[-1]
-        lead = (1,) * chain.axis if chain.split else chain.lead
-        dims = (*lead, *last[chain.axis :])
+        dims = (*chain.tile_lead, *last[chain.axis :])
         if self.steps == 1:
             body = self._chain_graph(list(self.matrices), self.chain.rows)
         else:
@@ -267,8 +270,7 @@ class _Loops:
         chain = self.chain
         body = ir.Graph(inputs, [], nodes=[], name=f"{chain.nodes[-1].name or 'tile'}/body")
         for node, dims in zip(chain.nodes, chain.dims, strict=True):
-            lead = (1,) * chain.axis if chain.split else chain.lead
-            tile = (*lead, rows, *dims[chain.axis + 1 :])
+            tile = (*chain.tile_lead, rows, *dims[chain.axis + 1 :])
             operands = [self.read.get(value, value) for value in node.inputs]
             if node.op_type == "Reshape":  # inference looks for the target in the graph of the node alone
                 name = self.surgery.name(f"{node.outputs[0].name}/shape")
@@ -282,10 +284,15 @@ class _Loops:
         body.outputs.append(body[-1].outputs[0])
         return body
 
-    def _reshaped(self, value: ir.Value, target: Sequence[int]) -> ir.Value:
+    def reshape(self, value: ir.Value, target: Sequence[int]) -> ir.Node:
+        """Return a Reshape of `value`, which is in no graph yet."""
         origin = self.chain.nodes
         shape = self.surgery.initializer(origin[-1], f"{value.name}/shape", np.array(target, np.int64))
-        self.before.append(self.surgery.new("Reshape", [value, shape], origin))
+        return self.surgery.new("Reshape", [value, shape], origin)
+
+    def _reshaped(self, value: ir.Value, target: Sequence[int]) -> ir.Value:
+        """Return an operand of a loop, reshaped before it."""
+        self.before.append(self.reshape(value, target))
         return self.before[-1].outputs[0]
 
     def _typed(self, value: ir.Value, dims: Dims) -> ir.Value:
