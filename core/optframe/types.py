@@ -124,6 +124,10 @@ class TensorInfo:
     dtype: str
 
 
+Defines = tuple[tuple[str, str], ...]
+"""The macros that a kernel is compiled with: pairs of name and value, whose order counts for equality."""
+
+
 @dataclass(frozen=True)
 class KernelLaunch:
     """One CUDA launch. The kernel's arguments are: input pointers, int32 `extras`, output pointers.
@@ -133,7 +137,7 @@ class KernelLaunch:
     """
 
     entry: str
-    defines: tuple[tuple[str, str], ...]
+    defines: Defines
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
@@ -163,7 +167,7 @@ class ReuseRule(Protocol):
         inputs: Sequence[TensorInfo | None],
         outputs: Sequence[TensorInfo],
         attributes: Mapping[str, object],
-        defines: tuple[tuple[str, str], ...],
+        defines: Defines,
     ) -> KernelLaunch: ...
 
 

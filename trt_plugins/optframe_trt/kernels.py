@@ -9,10 +9,8 @@ from functools import cache
 from typing import Protocol
 
 from optframe.errors import InputError, PluginError
-from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
+from optframe.types import Defines, KernelLaunch, KernelSpec, OpSpec, TensorInfo
 from optframe_trt import driver, nvrtc, ptx_cache
-
-Defines = tuple[tuple[str, str], ...]
 
 
 class Kernel(Protocol):
@@ -110,7 +108,7 @@ def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], ker
         return launch
     if rule is None:
         raise InputError("its kernel is one for other shapes")
-    found = differences([(each.entry, each.defines) for each in (kernel, launch)])
+    found = differences([kernel, launch])
     raise PluginError(f"its reuse rule launches another kernel than it was given ({found})")
 
 
@@ -132,7 +130,7 @@ def choose_for_profile(spec: OpSpec, calls: Sequence[Call], attributes: Mapping[
     for launch in (optimal, largest, smallest):
         if all(try_launch(spec, call, attributes, launch) for call in calls):
             return launch
-    found = differences([(launch.entry, launch.defines) for launch in (smallest, optimal, largest)])
+    found = differences([smallest, optimal, largest])
     reach = " to ".join(texts(inputs) for inputs, _ in (calls[0], calls[-1]))
     raise InputError(
         f"its kernel depends on the shape ({found}) and the profile has {reach}: "
@@ -155,9 +153,9 @@ def texts(infos: Sequence[TensorInfo | None]) -> str:
     return ", ".join(f"{info.dtype}{list(info.shape)}" for info in infos if info is not None)
 
 
-def differences(choices: Sequence[tuple[str, Defines]]) -> str:
-    """Return in what the (entry, defines) of kernels differ, such as "WIDTH: 3, 7"; nothing where they are equal."""
-    table = [{"entry": entry, **dict(defines)} for entry, defines in choices]
+def differences(choices: Sequence[Kernel]) -> str:
+    """Return in what kernels differ, such as "WIDTH: 3, 7"; nothing where they are equal."""
+    table = [{"entry": kernel.entry, **dict(kernel.defines)} for kernel in choices]
     names = dict.fromkeys(name for row in table for name in row)
     values = {name: list(dict.fromkeys(row.get(name, "none") for row in table)) for name in names}
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items() if len(found) > 1)

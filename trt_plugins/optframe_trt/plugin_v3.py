@@ -186,8 +186,7 @@ class PluginV3:
             if launch is not None:
                 self.launch = kernels.prepare(kernel, launch, len(given), len(expected))
                 return
-        built = [(kernel.entry, kernel.defines) for kernel in self.call.kernels]
-        found = kernels.differences([(best.entry, best.defines), *built])
+        found = kernels.differences([best, *self.call.kernels])
         raise InputError(
             f"the engine has no kernel for {kernels.texts(given)}: it was built for other shapes ({found})"
         )

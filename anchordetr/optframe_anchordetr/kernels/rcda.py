@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from optframe.types import KernelLaunch, TensorInfo
+from optframe.types import Defines, KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels.checks import (
     CUDA_TYPES,
     INT32_MAX,
@@ -17,8 +17,6 @@ from optframe_anchordetr.kernels.checks import (
     require_float,
     require_same,
 )
-
-Defines = tuple[tuple[str, str], ...]
 
 SHARED_BYTES = 48 * 1024
 """What a block gets without a special request, which an ahead-of-time TensorRT plugin cannot make."""
@@ -71,7 +69,7 @@ def rcda_reuse(
     inputs: Sequence[TensorInfo | None],
     outputs: Sequence[TensorInfo],
     attributes: Mapping[str, object],
-    defines: tuple[tuple[str, str], ...],
+    defines: Defines,
 ) -> KernelLaunch:
     """Return the launch, as `rcda_launch` does, of the kernel that has these `defines`: one for wider and higher maps.
 

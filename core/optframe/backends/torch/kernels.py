@@ -13,7 +13,7 @@ from torch import Tensor
 from optframe.backends.torch.dtypes import info
 from optframe.backends.torch.registry import Call, OpNode
 from optframe.errors import EnvironmentLacks, InputError, PluginError
-from optframe.types import KernelLaunch, KernelSpec, OpSpec, TensorInfo
+from optframe.types import Defines, KernelLaunch, KernelSpec, OpSpec, TensorInfo
 
 CUPY_COMMAND = "pip install cupy-cuda12x (or cupy-cuda13x, as the driver's CUDA is)"
 
@@ -86,7 +86,7 @@ def _launch(kernel: KernelSpec, launch: KernelLaunch, inputs: list[Tensor], outp
 
 
 @cache
-def _compiled(kernel: KernelSpec, entry: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+def _compiled(kernel: KernelSpec, entry: str, defines: Defines, device: int) -> Any:
     """Return CuPy's function of the kernel, compiled for the device at hand."""
     import cupy
 
