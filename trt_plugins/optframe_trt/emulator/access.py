@@ -125,7 +125,7 @@ def store_words(machine: Machine, by: Instruction, space: str, addresses: Array,
 def _spread(machine: Machine, which: Array) -> Array:
     """Return which threads of all are the chosen ones of those selected."""
     result = np.zeros(machine.threads, bool)
-    result[np.arange(machine.threads) if machine.active is None else machine.active] = which
+    result[machine.active_threads] = which
     return result
 
 
@@ -367,11 +367,9 @@ def _active_mask(binder: Binder, by: Instruction) -> Step:
         raise unsupported(by)
     (target,) = operands_of(by, (1,))
     out = binder.slot(by, target, "u32")
-    bits = np.int64(1) << np.arange(32, dtype=np.int64)
 
     def step(machine: Machine) -> None:
-        masks = (machine.selected.reshape(-1, 32) @ bits).astype(np.uint32)
-        machine.write("u32", out, np.repeat(masks, 32))
+        machine.write("u32", out, np.repeat(machine.active_masks.astype(np.uint32), 32))
 
     return step
 

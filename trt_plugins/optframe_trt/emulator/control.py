@@ -10,6 +10,7 @@ import numpy as np
 from optframe_trt.emulator.faults import KernelFault, Unsupported
 from optframe_trt.emulator.program import Binder, Control, ControlBuilder, Step, require_none, take, unsupported
 from optframe_trt.emulator.ptx import Immediate, Instruction, Name, Operand, operands_of
+from optframe_trt.emulator.values import LANE_BITS
 
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 FULL = 0xFFFFFFFF
-_BITS = np.int64(1) << np.arange(32, dtype=np.int64)
 
 
 def _branch(binder: Binder, by: Instruction) -> Control:
@@ -221,11 +221,11 @@ def together(binder: Binder, by: Instruction, step: Step, members: Operand | Non
 def _waiting(machine: Machine, by: Instruction, slot: int) -> Array:
     """Return the selected threads that wait for lanes of their masks."""
     members = np.broadcast_to(machine.views["u32"][slot], (machine.threads,)).reshape(-1, 32).astype(np.int64)
-    stranger = machine.selected & ((members & _BITS) == 0).reshape(-1)
+    stranger = machine.selected & ((members & LANE_BITS) == 0).reshape(-1)
     if stranger.any():
         machine.select(stranger)
         machine.fault(by, "is run by a lane that its mask of members lacks")
-    present, live = (array.reshape(-1, 32) @ _BITS for array in (machine.selected, machine.live))
+    present, live = (array.reshape(-1, 32) @ LANE_BITS for array in (machine.selected, machine.live))
     missing = members & (live & ~present)[:, None]
     return np.asarray(machine.selected & (missing != 0).reshape(-1))
 

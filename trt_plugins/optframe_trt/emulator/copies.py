@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optframe_trt.emulator.memory import POISON
+from optframe_trt.driver import POISON
 
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
@@ -46,13 +46,12 @@ class PendingCopies:
         machine = self._machine
         poison = np.full((1, words.shape[1]), int.from_bytes(bytes([POISON]) * words.itemsize, "little"), words.dtype)
         machine.shared.store(machine, by, targets, np.broadcast_to(poison, words.shape))
-        threads = np.arange(machine.threads) if machine.active is None else machine.active
+        threads = machine.active_threads
         self._copies.append(_Copy(by, threads, self._groups()[threads], targets, words))
 
     def commit(self) -> None:
         """Close the open group of the selected threads."""
-        machine = self._machine
-        self._groups()[slice(None) if machine.active is None else machine.active] += 1
+        self._groups()[self._machine.active_threads] += 1
 
     def wait(self, still_open: int | None) -> None:
         """Let copies of the selected threads arrive, but for the last groups; None: those not committed too."""

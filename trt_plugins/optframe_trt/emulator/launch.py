@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from optframe.types import KernelLaunch, TensorInfo
-from optframe_trt.driver import numpy_dtype
+from optframe_trt.driver import POISON, numpy_dtype
 from optframe_trt.emulator.faults import KernelFault
 from optframe_trt.emulator.machine import Checks, Machine
-from optframe_trt.emulator.memory import GLOBAL_BASE, POISON, GlobalMemory
+from optframe_trt.emulator.memory import GLOBAL_BASE, GlobalMemory
 from optframe_trt.emulator.program import Program, load
 
 Array = np.ndarray[Any, Any]

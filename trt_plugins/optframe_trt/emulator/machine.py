@@ -138,6 +138,16 @@ class Machine:
         """How many threads are selected."""
         return self.threads if self.active is None else len(self.active)
 
+    @property
+    def active_threads(self) -> Array:
+        """The numbers of the selected threads."""
+        return np.arange(self.threads) if self.active is None else self.active
+
+    @property
+    def active_masks(self) -> Array:
+        """The selected lanes of each warp as bits, (warps,) int64."""
+        return np.asarray(self.selected.reshape(-1, 32) @ values.LANE_BITS)
+
     def where_of(self, result: Array) -> Any:
         """Return `where` for results that may have a last axis more than registers."""
         return self.where if self.where is True or result.ndim == 1 else self.where[:, None]

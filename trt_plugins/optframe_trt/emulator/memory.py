@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from optframe_trt.driver import POISON
 from optframe_trt.emulator.races import RaceDetector
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ Array = np.ndarray[Any, Any]
 GLOBAL_BASE = 1 << 40
 SHARED_WINDOW, LOCAL_WINDOW, WINDOW = 1 << 50, 1 << 51, 1 << 32
 """Where shared and local memory lie in generic addresses, and how much of those they take."""
-
-POISON = 0xFF
-"""The byte that memory and registers hold before anything is written: NaN in every float type."""
 
 SHIFTS = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 

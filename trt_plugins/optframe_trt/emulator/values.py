@@ -25,6 +25,9 @@ DTYPES: dict[str, Any] = {
 INTEGERS = tuple(name for name in DTYPES if name[0] in "bus" and "x2" not in name and name != "bf16")
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 
+LANE_BITS = np.int64(1) << np.arange(32, dtype=np.int64)
+"""The bit of each lane of a warp in a mask."""
+
 
 @cache
 def width(type_: str) -> int:

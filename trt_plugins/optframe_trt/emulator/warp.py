@@ -12,8 +12,8 @@ import numpy as np
 
 from optframe_trt.emulator.control import together
 from optframe_trt.emulator.program import Binder, Control, ControlBuilder, require_none, take, unsupported
-from optframe_trt.emulator.ptx import Instruction, Pair, operands_of
-from optframe_trt.emulator.values import DTYPES
+from optframe_trt.emulator.ptx import Instruction, Operand, Pair, operands_of
+from optframe_trt.emulator.values import DTYPES, LANE_BITS
 
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 _LANES = np.arange(32)
-_BITS = np.int64(1) << np.arange(32, dtype=np.int64)
 
 
 def warps(machine: Machine, type_: str, slot: int) -> Array:
@@ -29,6 +28,13 @@ def warps(machine: Machine, type_: str, slot: int) -> Array:
     source = machine.views[type_][slot]
     whole = source if source.ndim else np.broadcast_to(source, (machine.threads,))
     return whole.reshape(-1, 32)
+
+
+def _targets(binder: Binder, by: Instruction, target: Operand | None) -> tuple[int | None, int | None]:
+    """Return the registers for a result `a` or `a|p` and for its predicate, None where there is none."""
+    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
+    result = None if first is None else binder.slot(by, first, "u32")
+    return result, None if second is None else binder.slot(by, second, "pred")
 
 
 def _shuffle(binder: Binder, by: Instruction) -> Control:
@@ -40,10 +46,8 @@ def _shuffle(binder: Binder, by: Instruction) -> Control:
     target, source, by_lane, clamp, members = operands_of(by, (5,))
     if not (sync and mode and type_):
         raise unsupported(by)
-    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
     slots = [binder.slot(by, operand, "u32") for operand in (source, by_lane, clamp)]
-    result = None if first is None else binder.slot(by, first, "u32")
-    found = None if second is None else binder.slot(by, second, "pred")
+    result, found = _targets(binder, by, target)
 
     def step(machine: Machine) -> None:
         values = warps(machine, "u32", slots[0])
@@ -101,8 +105,8 @@ def _vote(binder: Binder, by: Instruction) -> Control:
 
     def step(machine: Machine) -> None:
         said = (warps(machine, "pred", slot) == wanted) & machine.selected.reshape(-1, 32)
-        yes = (said @ _BITS)[:, None] & warps(machine, "u32", mask)
-        asked = (machine.selected.reshape(-1, 32) @ _BITS)[:, None] & warps(machine, "u32", mask)
+        yes = (said @ LANE_BITS)[:, None] & warps(machine, "u32", mask)
+        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
         if mode == "ballot":
             machine.write("u32", result, yes.astype(np.uint32).reshape(-1))
             return
@@ -121,15 +125,13 @@ def _match(binder: Binder, by: Instruction) -> Control:
     target, source, members = operands_of(by, (3,))
     if not (sync and mode and type_):
         raise unsupported(by)
-    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
     slot, mask = binder.slot(by, source, type_), binder.slot(by, members, "u32")
-    result = None if first is None else binder.slot(by, first, "u32")
-    found = None if second is None else binder.slot(by, second, "pred")
+    result, found = _targets(binder, by, target)
 
     def step(machine: Machine) -> None:
         value = warps(machine, type_, slot)
-        asked = (machine.selected.reshape(-1, 32) @ _BITS)[:, None] & warps(machine, "u32", mask)
-        same = ((value[:, :, None] == value[:, None, :]) @ _BITS) & asked
+        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
+        same = ((value[:, :, None] == value[:, None, :]) @ LANE_BITS) & asked
         whole = same == asked
         if result is not None:
             given = same if mode == "any" else np.where(whole, asked, 0)
@@ -160,8 +162,8 @@ def _reduce(binder: Binder, by: Instruction) -> Control:
 
     def step(machine: Machine) -> None:
         value = warps(machine, type_, slot)
-        asked = (machine.selected.reshape(-1, 32) @ _BITS)[:, None] & warps(machine, "u32", mask)
-        among = (asked[:, :, None] & _BITS) != 0  # (warps, lanes that ask, lanes that give)
+        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
+        among = (asked[:, :, None] & LANE_BITS) != 0  # (warps, lanes that ask, lanes that give)
         given = np.where(among, value[:, None, :], value.dtype.type(neutral))
         machine.write(type_, result, function.reduce(given, axis=2).astype(value.dtype).reshape(-1))
 
