@@ -32,6 +32,26 @@ def test_loads_and_stores_of_all_sizes(emulate: Emulate, rng: np.random.Generato
     np.testing.assert_array_equal(y, x[::-1])
 
 
+def test_hints_to_caches_change_nothing(emulate: Emulate, rng: np.random.Generator) -> None:
+    source = """extern "C" __global__ void k(const uint4* x, uint4* y) {
+      unsigned long long policy, part;
+      uint4 kept;
+      asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+      asm("createpolicy.fractional.L2::evict_first.L2::evict_unchanged.b64 %0, 0.5;" : "=l"(part));
+      asm("ld.global.L1::evict_last.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+          : "=r"(kept.x), "=r"(kept.y), "=r"(kept.z), "=r"(kept.w) : "l"(x + threadIdx.x), "l"(policy));
+      asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;"
+          :: "l"(y + threadIdx.x), "r"(kept.x), "r"(kept.y), "l"(part) : "memory");
+      uint4 streamed = __ldcs(x + 64 + threadIdx.x);
+      streamed.x = kept.z, streamed.y = kept.w;
+      __stcs(y + 64 + threadIdx.x, streamed);
+    }"""
+    x = rng.integers(1, 2**32, (128, 4), dtype=np.uint32)
+    (y,) = emulate(source, [x], [TensorInfo((128, 4), "uint32")], block=64)
+    np.testing.assert_array_equal(y[:64, :2], x[:64, :2])
+    np.testing.assert_array_equal(y[64:], np.concatenate([x[:64, 2:], x[64:, 2:]], axis=1))
+
+
 def test_sign_extension(emulate: Emulate) -> None:
     source = """extern "C" __global__ void k(const signed char* x, const unsigned char* z, int* y) {
       y[threadIdx.x] = x[threadIdx.x] * 1000 + z[threadIdx.x];

@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 _SPACES = {"global": "global", "const": "global", "shared": "shared", "shared::cta": "shared", "local": "local"}
 _ORDER = {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "nc"}
 _CACHE = {"ca", "cg", "cs", "cv", "lu", "wb", "wt"}
+_POLICY = "L2::cache_hint"
 _TYPES = (*values.INTEGERS, "f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
 
 
@@ -141,6 +142,11 @@ def _shape(by: Instruction) -> tuple[str, int, str]:
     return space, count, type_
 
 
+def _operands(by: Instruction) -> tuple[Operand | None, ...]:
+    """Return a load's or store's operands without the cache policy, which is a hint too."""
+    return operands_of(by, (3,))[:2] if _POLICY in by.modifiers else operands_of(by, (2,))
+
+
 def _items(by: Instruction, operand: Operand | None, count: int) -> tuple[Operand | None, ...]:
     items = operand.items if isinstance(operand, Vector) else (operand,)
     if len(items) != count:
@@ -152,7 +158,7 @@ def _load(binder: Binder, by: Instruction) -> Step:
     if "param" in by.modifiers:
         return _load_parameter(binder, by)
     space, count, type_ = _shape(by)
-    target, address = operands_of(by, (2,))
+    target, address = _operands(by)
     place, item = place_of(binder, by, address), values.width(type_) // 8
     registers = [None if one is None else binder.register(by, one) for one in _items(by, target, count)]
     puts = [(number, *_holder(one, type_)) for number, one in enumerate(registers) if one is not None]
@@ -211,7 +217,7 @@ def _store(binder: Binder, by: Instruction) -> Step | None:
     if "param" in by.modifiers:
         return None  # an argument of a call, which is an error once it is reached
     space, count, type_ = _shape(by)
-    address, source = operands_of(by, (2,))
+    address, source = _operands(by)
     place, item = place_of(binder, by, address), values.width(type_) // 8
     word = np.dtype(f"uint{8 * item}")
     sources = []
@@ -374,7 +380,15 @@ def _active_mask(binder: Binder, by: Instruction) -> Step:
     return step
 
 
+def _create_policy(binder: Binder, by: Instruction) -> Step:
+    """createpolicy: a number that says nothing, since no cache is imitated."""
+    target, *_ = operands_of(by, (1, 2, 3))
+    out = binder.slot(by, target, "u64")
+    return lambda machine: machine.write("u64", out, np.zeros(machine.threads, np.uint64))
+
+
 BUILDERS: dict[str, Builder] = {
+    "createpolicy": _create_policy,
     "ld": _load,
     "ldu": _load,
     "st": _store,
