@@ -25,15 +25,25 @@ constexpr int kLanes = LN_LANES;    // threads a row: a power of two up to 32, o
 constexpr int kGroups = LN_GROUPS;  // rows a block; 1 where kLanes > 32
 constexpr int kWarps = kLanes > 32 ? kLanes / 32 : 1;  // a row
 constexpr int kStride = kLanes * kVector;
+constexpr int kSteps = (kColumns + kStride - 1) / kStride;
+
+// Whether a lane's columns of a step lie in the row. The compiler knows where all do, and then loads without branches.
+__device__ __forceinline__ bool inside(int step, int column) {
+  return kColumns % kStride == 0 || (step + 1) * kStride <= kColumns || column < kColumns;
+}
 
 template <typename T>
 struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Pack {
   T item[kVector];
 };
 
-template <bool Aligned, typename T>
+// `Once`: nobody needs these bytes again soon, so caches give them up first.
+template <bool Aligned, bool Once = false, typename T>
 __device__ __forceinline__ Pack<T> load(const T* source) {
-  if constexpr (Aligned) {
+  if constexpr (Aligned && Once && sizeof(Pack<T>) == 16) {
+    const uint4 word = __ldcs(reinterpret_cast<const uint4*>(source));
+    return reinterpret_cast<const Pack<T>&>(word);
+  } else if constexpr (Aligned) {
     return *reinterpret_cast<const Pack<T>*>(source);
   } else {
     Pack<T> pack;
@@ -43,9 +53,13 @@ __device__ __forceinline__ Pack<T> load(const T* source) {
   }
 }
 
+// Outputs are the first that the second-level cache gives up: a small matrix leaves sooner, and a large one would push
+// out what is still to be read.
 template <bool Aligned>
 __device__ __forceinline__ void store(Type* target, const Pack<Type>& pack) {
-  if constexpr (Aligned) {
+  if constexpr (Aligned && sizeof(pack) == 16) {
+    __stcs(reinterpret_cast<uint4*>(target), reinterpret_cast<const uint4&>(pack));
+  } else if constexpr (Aligned) {
     *reinterpret_cast<Pack<Type>*>(target) = pack;
   } else {
 #pragma unroll
@@ -72,10 +86,11 @@ struct Row {
   }
 
   // kVector elements of x, or of x + skip rounded to their type, as the second output holds it.
+  template <bool Once = false>
   __device__ __forceinline__ Pack<Type> read(int column) const {
-    Pack<Type> pack = load<Aligned>(x + column);
+    Pack<Type> pack = load<Aligned, Once>(x + column);
     if constexpr (LN_SKIP) {
-      const Pack<Type> other = load<Aligned>(skip + column);
+      const Pack<Type> other = load<Aligned, Once>(skip + column);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) pack.item[i] = add(pack.item[i], other.item[i]);
     }
@@ -171,15 +186,19 @@ __device__ __forceinline__ Moments moments(const Sums& sums) {
 template <bool Aligned, int Call>
 __device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, float shift) {
   Sums sums;
-  for (int column = threadIdx.x * kVector; column < kColumns; column += kStride) {
+#pragma unroll 4
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = threadIdx.x * kVector + step * kStride;
+    if (!inside(step, column)) continue;
     const Pack<Type> pack = row.read(column);
+#pragma unroll
     for (int i = 0; i < kVector; ++i) sums.add(static_cast<float>(pack.item[i]) - shift, i);
     if constexpr (LN_SKIP && Call == 0) store<Aligned>(row.sum + column, pack);
   }
   return moments<Call>(sums);
 }
 
-template <bool Aligned>
+template <bool Aligned, bool Once>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
@@ -191,9 +210,13 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
     found = read_moments<Aligned, 1>(row, shift);
   }
   const float factor = rsqrtf(found.variance + LN_EPSILON);
-  for (int column = threadIdx.x * kVector; column < kColumns; column += kStride) {
+#pragma unroll 4
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = threadIdx.x * kVector + step * kStride;
+    if (!inside(step, column)) continue;
     const Pack<Type> pack = row.read(column);
     float value[kVector];
+#pragma unroll
     for (int i = 0; i < kVector; ++i) value[i] = static_cast<float>(pack.item[i]) - shift;
     Parameters parameters;
     parameters.read(row, column);
@@ -203,7 +226,6 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
 
 #else
 
-constexpr int kSteps = (kColumns + kStride - 1) / kStride;
 constexpr bool kEarly = LN_EARLY;  // whether parameters are loaded with the row, which costs registers
 
 // Takes `shift` from the lane's values and returns the moments of what is left.
@@ -212,7 +234,7 @@ __device__ __forceinline__ Moments shifted_moments(float (&value)[kSteps][kVecto
   Sums sums;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    if (first + step * kStride < kColumns)
+    if (inside(step, first + step * kStride))
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         value[step][i] -= shift;
@@ -221,7 +243,7 @@ __device__ __forceinline__ Moments shifted_moments(float (&value)[kSteps][kVecto
   return moments<Call>(sums);
 }
 
-template <bool Aligned>
+template <bool Aligned, bool Once>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
@@ -235,8 +257,8 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int column = first + step * kStride;
-    if (column >= kColumns) continue;
-    const Pack<Type> pack = row.read(column);
+    if (!inside(step, column)) continue;
+    const Pack<Type> pack = row.template read<Once>(column);
     if constexpr (LN_SKIP) store<Aligned>(row.sum + column, pack);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) value[step][i] = static_cast<float>(pack.item[i]);
@@ -247,10 +269,11 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
   if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far())
     found = shifted_moments<1>(value, first, found.mean);
   const float factor = rsqrtf(found.variance + LN_EPSILON);
+  if constexpr (!kEarly) asm volatile("" ::: "memory");  // or the compiler loads them early nevertheless
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int column = first + step * kStride;
-    if (column >= kColumns) continue;
+    if (!inside(step, column)) continue;
     if constexpr (!kEarly) parameters[step].read(row, column);
     row.write(column, parameters[step].apply(value[step], factor, -found.mean * factor));
   }
@@ -295,8 +318,10 @@ extern "C" __global__ void __launch_bounds__(kLanes* kGroups) LN_ENTRY(const Typ
 #endif
   const auto bits = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(skip) | reinterpret_cast<size_t>(scale) |
                     reinterpret_cast<size_t>(bias) | reinterpret_cast<size_t>(y) | reinterpret_cast<size_t>(sum);
-  if (bits % 16 == 0)
-    normalise<true>(x, skip, scale, bias, rows, y, sum);
+  if (bits % 16 != 0)
+    normalise<false, false>(x, skip, scale, bias, rows, y, sum);
+  else if (LN_SKIP || LN_LONG || rows < LN_ONCE_ROWS)  // where two matrices are read, telling caches slows it down
+    normalise<true, false>(x, skip, scale, bias, rows, y, sum);
   else
-    normalise<false>(x, skip, scale, bias, rows, y, sum);
+    normalise<true, true>(x, skip, scale, bias, rows, y, sum);
 }

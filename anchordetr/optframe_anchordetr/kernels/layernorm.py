@@ -18,11 +18,23 @@ from optframe_anchordetr.kernels.checks import (
     require_same,
 )
 
-LONGEST_IN_REGISTERS = 8192
-"""Rows of more columns are read twice instead of being kept in registers."""
+_WORD = 16
+"""Bytes of an access, where columns and pointers allow."""
 
-_BLOCK = 64
+_WARP_COLUMNS = 768
+"""Rows up to this are done by a warp, and several by a block."""
+
+_MOST_VALUES = 32
+"""Elements of a row that a thread keeps in registers; longer rows are read twice."""
+
+_EARLY_BYTES = 4096
+"""The parameters of longer rows are loaded after the statistics, since they take registers that hide latency."""
+
+_BLOCK = 128
 """Threads of a block that takes several rows: small, since small blocks spread evenly and leave early."""
+
+_ONCE_BYTES = 2**24
+"""A matrix from this size on counts as too large for caches: with its output it takes more than half of an H200's."""
 
 
 def layernorm_launch(
@@ -96,24 +108,21 @@ def _launch(
 
 
 def _geometry(columns: int, item_bytes: int) -> dict[str, int]:
-    """Return who normalises a row of `columns`."""
-    lanes = _lanes(columns, item_bytes)
+    """Return who normalises a row of `columns`, and how; measured best on an H100 and an H200 for 256 to 16384 columns.
+
+    A warp or a part of it does a short row, and a block a longer one, a thread for every two accesses.
+    """
+    row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
+    words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
+    wanted = min(words, 32) if columns <= _WARP_COLUMNS else min(cdiv(words, 2), 512 if whole else 256)
+    lanes = 1 << (wanted - 1).bit_length()
+    long = cdiv(columns, lanes * vector) * vector > _MOST_VALUES
     return {
         "LN_COLUMNS": columns,
-        "LN_VECTOR": math.gcd(columns, 16 // item_bytes),  # elements an access: 16 bytes where the columns allow
-        "LN_LANES": lanes,
-        "LN_GROUPS": max(_BLOCK // lanes, 1),
-        "LN_LONG": int(columns > LONGEST_IN_REGISTERS),
-        "LN_EARLY": int(lanes <= 32),  # a warp or less a row has few parameters a thread
+        "LN_VECTOR": vector,  # elements an access
+        "LN_LANES": 1024 if long else lanes,
+        "LN_GROUPS": max(_BLOCK // lanes, 1) if lanes <= 32 else 1,
+        "LN_LONG": int(long),
+        "LN_EARLY": int(row_bytes <= _EARLY_BYTES or not whole),
+        "LN_ONCE_ROWS": cdiv(_ONCE_BYTES, row_bytes),
     }
-
-
-def _lanes(columns: int, item_bytes: int) -> int:
-    """Return the threads a row: two accesses of 16 bytes each, a power of two within a warp, at most 256 threads.
-
-    Measured best on an H200 for 256 to 4096 columns: one access a thread gives 93 % of a copy's bandwidth, two 98 %.
-    """
-    if columns > LONGEST_IN_REGISTERS:
-        return 1024
-    wanted = cdiv(columns * item_bytes, 32)
-    return 1 << (wanted - 1).bit_length() if wanted <= 32 else min(cdiv(wanted, 32) * 32, 256)
