@@ -214,8 +214,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA GPU is available to torch: nothing was measured")
         return 0
-    card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
-    path = arguments.results or results.RESULTS.with_name(f"{card}.json")
+    path = arguments.results or results.default_path()
     bench = Bench(arguments.batch, arguments.work, arguments.pipeline)
     ours, run = measure_ours(bench, "fp16", path)
     record(path, ours)

@@ -227,11 +227,12 @@ def rcda_table() -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("layernorm", "rcda"), help="measure one table")
-    parser.add_argument("--results", type=Path, default=results.RESULTS, help="the JSON file to put tables into")
+    parser.add_argument("--results", type=Path, help="the JSON file to put tables into (default: results/<card>.json)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA GPU is available to torch: nothing was measured")
         return 0
+    path = arguments.results or results.default_path()
     torch.manual_seed(0)
     compiler = nvrtc.compile_ptx("")
     only = f" --only {arguments.only}" if arguments.only else ""
@@ -242,14 +243,14 @@ def main() -> int:
         "target": f"sm_{compiler.target}",
     }
     if arguments.only != "rcda":
-        how["rotation"] = "sets of 32 MB in all take turns where two fit (they stay in the 60 MB cache), else of 150 MB"
-        results.save(arguments.results, "layernorm", layernorm_table(LAYERNORM_SIZES, cold=False), **how)
+        how["rotation"] = "sets of 32 MB in all take turns where two fit (they stay in the cache), else of 150 MB"
+        results.save(path, "layernorm", layernorm_table(LAYERNORM_SIZES, cold=False), **how)
         how["rotation"] = "sets of 150 MB in all take turns, so the cache holds none of them"
-        results.save(arguments.results, "layernorm_cold", layernorm_table(COLD_SIZES, cold=True), **how)
+        results.save(path, "layernorm_cold", layernorm_table(COLD_SIZES, cold=True), **how)
     if arguments.only != "layernorm":
         how["rotation"] = "8 sets of inputs and outputs take turns"
-        results.save(arguments.results, "rcda", rcda_table(), **how)
-    print(f"recorded in {arguments.results}")
+        results.save(path, "rcda", rcda_table(), **how)
+    print(f"recorded in {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Keeps measured tables in one JSON file, each with where, when and how it was measured."""
+"""Keeps measured tables in one JSON file a GPU, each with where, when and how it was measured."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-RESULTS = Path(__file__).parent / "results" / "h200.json"
 
 _GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 _PACKAGES = ("torch", "triton", "numpy", "onnxruntime-gpu", "onnxruntime", "cupy-cuda12x", "cupy-cuda13x")
@@ -21,6 +20,13 @@ def _gpu() -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return dict(zip(_GPU_FIELDS, (field.strip() for field in answer.split(",")), strict=True))
+
+
+def default_path() -> Path:
+    """Return the file of this machine's GPU: h200.json of an "NVIDIA H200", h100.json of an "NVIDIA H100 80GB HBM3"."""
+    name = _gpu()["name"].lower()
+    model = re.search(r"[a-z]*\d+[a-z]*", name)
+    return Path(__file__).parent / "results" / f"{model[0] if model else 'gpu'}.json"
 
 
 def _version(package: str) -> str | None:
