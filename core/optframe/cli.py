@@ -10,6 +10,7 @@ it needs at its top; `optframe --help` shows the summary.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -121,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, typer.Abort):
             status = INTERRUPTED
         except Exception as error:
-            status = _show(error, debug="--debug" in given)
+            status = INTERRUPTED if heard.hung_up else _show(error, debug="--debug" in given)
     if status == INTERRUPTED:
         status = heard.status
-        typer.echo(heard.message, err=True)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            typer.echo(heard.message, err=True)
     return int(status)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception: what was begun is undone on the way out, and the exit status says which."""
+"""Ctrl-C, SIGTERM and SIGHUP as one exception: what was begun is undone, and the exit status says which it was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 """Signals that ask a process to end, and what is said of one that did."""
 
 TOGETHER_SECONDS = 1.0
@@ -32,6 +32,11 @@ class Interrupts:
     def message(self) -> str:
         """What is said of the first one."""
         return SIGNALS[self._signal]
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the first one says that the terminal may be gone: then whatever writes to it fails."""
+        return self._first == signal.SIGHUP
 
     @property
     def _signal(self) -> signal.Signals:

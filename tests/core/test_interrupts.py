@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of work: the status tells which it was, no child stays, nothing is half-written."""
+"""Ctrl-C, SIGTERM and SIGHUP in the middle of work: the status tells which, no child or half-written file stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -64,38 +66,61 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="child processes are found through Linux's /proc")
+class Begun:
+    """A run in the middle of its work, with children, and where it would leave something."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        model = graph.save(ir.from_onnx_text(MODEL), folder / "small.onnx")
+        pipeline = "eliminate-identity,wait"  # the first is verified, in a child, while the second waits
+        command = f"run {model} --precision fp32 --pipeline {pipeline} --out {folder / 'out' / 'deep'}"
+        own_terminal = "import fcntl, os, termios; os.isatty(0) and fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        code = f"{own_terminal}; from optframe.cli import main; raise SystemExit(main({command.split()}))"
+        self.process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **options)
+        wait_for(lambda: (folder / "begun").exists() and children(self.process.pid))
+        self.workers = children(self.process.pid)
+
+    def assert_nothing_is_left(self) -> None:
+        assert not [pid for pid in self.workers if Path(f"/proc/{pid}").exists()]
+        assert not (self.folder / "out").exists()
+        assert list((self.folder / "c" / "work").iterdir()) == []
+
+
+@pytest.fixture
+def begin(install_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Begun]:
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("child processes are found through Linux's /proc")
+    install_plugin("acme-slow", "1.0", "slow = acme_slow", acme_slow=SLOW_PASS)
+    monkeypatch.setenv("ACME_BEGUN", str(tmp_path / "begun"))
+    monkeypatch.setenv("ACME_CLEANUP", "0.3")
+    monkeypatch.setenv("OPTFRAME_CACHE", str(tmp_path / "c"))
+    return partial(Begun, tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("number", "status", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGHUP, 129, "hung up")],
 )
 def test_a_run_that_is_told_to_end_leaves_nothing(
-    install_plugin: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    number: signal.Signals,
-    status: int,
-    said: str,
+    begin: Callable[..., Begun], number: signal.Signals, status: int, said: str
 ) -> None:
-    install_plugin("acme-slow", "1.0", "slow = acme_slow", acme_slow=SLOW_PASS)
-    begun = tmp_path / "begun"
-    for name, value in (("ACME_BEGUN", str(begun)), ("ACME_CLEANUP", "0.3"), ("OPTFRAME_CACHE", str(tmp_path / "c"))):
-        monkeypatch.setenv(name, value)
-    model = graph.save(ir.from_onnx_text(MODEL), tmp_path / "small.onnx")
-    pipeline = "eliminate-identity,wait"  # the first is verified, in a child, while the second waits
-    command = f"optframe run {model} --precision fp32 --pipeline {pipeline} --out {tmp_path / 'out' / 'deep'}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command.split()], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_for(lambda: begun.exists() and children(process.pid))
-    workers = children(process.pid)
-    as_timeout_does(process, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status
+    begun = begin(stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    as_timeout_does(begun.process, number)
+    _, errors = begun.process.communicate(timeout=60)
+    assert begun.process.returncode == status
     assert errors.splitlines()[-1] == said
     assert "Traceback" not in errors
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / "c" / "work").iterdir()) == []
+    begun.assert_nothing_is_left()
+
+
+def test_a_run_whose_terminal_is_closed_leaves_nothing(begin: Callable[..., Begun]) -> None:
+    """Whatever it prints from then on fails, the progress that it takes back included."""
+    outer, inner = os.openpty()
+    begun = begin(stdin=inner, stdout=inner, stderr=inner)
+    os.close(inner)
+    os.close(outer)
+    assert begun.process.wait(timeout=60) == 129
+    begun.assert_nothing_is_left()
 
 
 def test_a_later_signal_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -413,7 +413,7 @@ def _workers(caller: int) -> list[Path]:
 
 @needs_rtx
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="child processes are found through Linux's /proc")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_build_and_its_process(tmp_path: Path, number: signal.Signals, status: int) -> None:
     model = graph.save(small_model(), tmp_path / "model.onnx")
     command = f"optframe build {model} --backend tensorrt-rtx --compute-capability sm89 -o {tmp_path / 'engines'}"
