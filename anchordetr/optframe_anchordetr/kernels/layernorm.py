@@ -21,6 +21,9 @@ from optframe_anchordetr.kernels.checks import (
 _WORD = 16
 """Bytes of an access, where columns and pointers allow."""
 
+_MOST_COLUMNS = 2**30
+"""The kernel counts columns in 32 bits, and up to a step past the end of a row."""
+
 _WARP_COLUMNS = 768
 """Rows up to this are done by a warp, and several by a block."""
 
@@ -90,6 +93,7 @@ def _launch(
     for output in outputs:
         require_same(op, "an output", output, x)
     columns, rows = x.shape[-1], math.prod(x.shape[:-1])
+    require(columns <= _MOST_COLUMNS, f"{op}: {columns} columns are more than the {_MOST_COLUMNS} that a kernel takes")
     require(rows <= INT32_MAX, f"{op}: {rows} rows are more than the {INT32_MAX} that a launch takes")
     geometry = _geometry(columns, ITEM_BYTES[x.dtype])
     defines = (

@@ -95,6 +95,7 @@ class TestLaunchRule:
             ([TensorInfo((2, 8), "float32")], {"epsilon": "small"}, "epsilon"),
             ([TensorInfo((2, 8), "float32")], {"epsilon": float("nan")}, "epsilon"),
             ([TensorInfo((2**31, 8), "float32")], {}, "rows"),
+            ([TensorInfo((2, 2**30 + 1), "float32")], {}, "columns"),
             ([None], {}, "1 to 3 inputs"),
             ([TensorInfo((2, 8), "float32")] * 4, {}, "1 to 3 inputs"),
         ],
