@@ -13,7 +13,7 @@ import pytest
 from optframe.errors import InputError
 from optframe.types import KernelSpec, TensorInfo
 from optframe_anchordetr.kernels import LAYERNORM, SKIP_LAYERNORM, layernorm
-from optframe_trt import nvrtc
+from optframe_trt import emulator, nvrtc
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
@@ -71,6 +71,14 @@ class TestLaunchRule:
         assert chosen.block == (lanes * groups, 1, 1)
         assert chosen.block[0] % 32 == 0
         assert chosen.block[0] <= 1024
+        kept = -(-columns // (lanes * values["LN_VECTOR"])) * values["LN_VECTOR"]
+        assert lanes == 1024 if values["LN_LONG"] else kept <= 32, "registers for the elements of a thread"
+
+    @pytest.mark.parametrize(("dtype", "item_bytes"), [("float32", 4), ("float16", 2)])
+    @pytest.mark.parametrize("columns", [1, 256, 1000, 10**6])
+    def test_large_matrices_begin_at_16_mib(self, columns: int, dtype: str, item_bytes: int) -> None:
+        rows = dict_of(launch(LAYERNORM, TensorInfo((3, columns), dtype)))["LN_ONCE_ROWS"]
+        assert (rows - 1) * columns * item_bytes < 2**24 <= rows * columns * item_bytes
 
     def test_absent_parameters_are_defines(self) -> None:
         values = dict(launch(LAYERNORM, TensorInfo((2, 8), "float16"), None, TensorInfo((8,), "float32")).defines)
@@ -115,7 +123,7 @@ class TestLaunchRule:
 
 
 def dict_of(chosen: Any) -> dict[str, int]:
-    names = ("LN_LANES", "LN_GROUPS", "LN_VECTOR")
+    names = ("LN_LANES", "LN_GROUPS", "LN_VECTOR", "LN_LONG", "LN_ONCE_ROWS")
     return {name: int(value) for name, value in chosen.defines if name in names}
 
 
@@ -133,6 +141,49 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
     assert parameters.count(".param .u64") == 4 + 2 * skips
     assert parameters.count(".param .u32") == 1
     assert bool(re.search(r"ld\.global(\.nc)?\.v4", ptx)) == (columns % 8 == 0), "16-byte loads where rows allow them"
+    assert ("st.global.cs.v4" in ptx) == (columns % 8 == 0), "outputs are marked as not needed again"
+    assert ("ld.global.cs.v4" in ptx) == (spec is LAYERNORM and columns in (256, 4096)), "and x where it is read once"
+
+
+class TestDispatch:
+    """Which way a launch takes, on PTX that is edited so that the ways differ; under the emulator alone."""
+
+    @pytest.fixture(autouse=True)
+    def needs_nvrtc(self) -> None:
+        if not nvrtc.toolkits():
+            pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
+
+    @pytest.mark.parametrize("rows", [31, 32])
+    def test_loads_of_large_matrices_are_marked(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+        monkeypatch.setattr(layernorm, "_ONCE_BYTES", 32 * 256 * 4)
+        x = draw(18, (rows, 256), "float32")
+        infos = [TensorInfo(x.shape, "float32")]
+        chosen = launch(LAYERNORM, *infos)
+        ptx = nvrtc.compile_ptx(LAYERNORM.read_source(), defines=chosen.defines).text
+        stops_at_marks = re.sub(r"ld\.global\.cs[^;]*;", "trap;", ptx)
+        if rows == 32:
+            with pytest.raises(emulator.KernelFault, match="stops the kernel"):
+                emulator.run_on_arrays(stops_at_marks, chosen, [x], infos)
+        else:
+            (y,) = emulator.run_on_arrays(stops_at_marks, chosen, [x], infos)
+            assert_close(y, layernorm64(x, None, None), "float32")
+
+    @pytest.mark.parametrize("moved", range(6))
+    def test_one_unaligned_pointer(self, moved: int) -> None:
+        """Any of x, skip, scale, bias, y and sum may start anywhere: here one of them an element into its array."""
+        shapes = [(5, 64), (5, 64), (64,), (64,), (5, 64), (5, 64)]
+        x, skip, scale, bias = arrays = [draw(19 + i, shape, "float32") for i, shape in enumerate(shapes[:4])]
+        chosen = launch(SKIP_LAYERNORM, *(TensorInfo(shape, "float32") for shape in shapes[:4]), outputs=2)
+        ptx = nvrtc.compile_ptx(SKIP_LAYERNORM.read_source(), defines=chosen.defines).text
+        parameter = rf"ld\.param\.u64\s+(%rd\d+), \[skip_layernorm_param_{moved + (moved > 3)}\];"  # the fifth is rows
+        ptx, found = re.subn(parameter, r"\g<0> add.s64 \1, \1, 4;", ptx)
+        assert found
+        given = [np.pad(array.ravel(), (int(i == moved), 0)) for i, array in enumerate(arrays)]
+        outputs = [TensorInfo((5 * 64 + (i == moved),), "float32") for i in (4, 5)]
+        results = emulator.run_on_arrays(ptx, chosen, given, outputs)
+        y, total = (array[-5 * 64 :].reshape(5, 64) for array in results)
+        np.testing.assert_array_equal(total, x + skip)
+        assert_close(y, layernorm64(total, scale, bias), "float32")
 
 
 class TestKernel:
