@@ -318,9 +318,10 @@ extern "C" __global__ void __launch_bounds__(kLanes* kGroups) LN_ENTRY(const Typ
 #endif
   const auto bits = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(skip) | reinterpret_cast<size_t>(scale) |
                     reinterpret_cast<size_t>(bias) | reinterpret_cast<size_t>(y) | reinterpret_cast<size_t>(sum);
+  // Marks are for what is read once (long rows are read again); where two matrices are read, they slow it down.
   if (bits % 16 != 0)
     normalise<false, false>(x, skip, scale, bias, rows, y, sum);
-  else if (LN_SKIP || LN_LONG || rows < LN_ONCE_ROWS)  // where two matrices are read, telling caches slows it down
+  else if (LN_SKIP || LN_LONG || rows < LN_ONCE_ROWS)
     normalise<true, false>(x, skip, scale, bias, rows, y, sum);
   else
     normalise<true, true>(x, skip, scale, bias, rows, y, sum);

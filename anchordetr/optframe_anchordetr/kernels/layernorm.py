@@ -31,7 +31,8 @@ _MOST_VALUES = 32
 """Elements of a row that a thread keeps in registers; longer rows are read twice."""
 
 _EARLY_BYTES = 4096
-"""The parameters of longer rows are loaded after the statistics, since they take registers that hide latency."""
+"""The parameters of longer rows are loaded after the statistics, since they take registers that hide latency; not where
+accesses are narrower than a word."""
 
 _BLOCK = 128
 """Threads of a block that takes several rows: small, since small blocks spread evenly and leave early."""
@@ -112,9 +113,10 @@ def _launch(
 
 
 def _geometry(columns: int, item_bytes: int) -> dict[str, int]:
-    """Return who normalises a row of `columns`, and how; measured best on an H100 and an H200 for 256 to 16384 columns.
+    """Return who normalises a row of `columns`, and how; measured best on an H100 for 256 to 16384 columns.
 
-    A warp or a part of it does a short row, and a block a longer one, a thread for every two accesses.
+    A warp or a part of it does a short row, and a block a longer one: a thread for every two words, at most 512, or 256
+    where accesses are narrower. 1024 threads do a row that is read twice.
     """
     row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
     words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
