@@ -24,13 +24,15 @@ def variants(launch: KernelLaunch) -> Iterator[tuple[str, KernelLaunch]]:
     """Yield launches of the same work by other threads, and what they are called."""
     given = dict(launch.defines)
     (rows,), columns, vector = launch.extras, int(given["LN_COLUMNS"]), int(given["LN_VECTOR"])
+    resident = int(given["LN_BLOCKS"]) * launch.block[0]
     for lanes, block, early in itertools.product(LANES, BLOCKS, (0, 1)):
         groups = block // lanes if lanes < block else 1
         steps = -(-columns // (lanes * vector))
         wasteful = (lanes > 32 and block != BLOCKS[0]) or (lanes // 2) * vector >= columns or lanes * groups < 32
         if wasteful or steps > MOST_STEPS:
             continue
-        defines = given | {"LN_LANES": str(lanes), "LN_GROUPS": str(groups), "LN_EARLY": str(early)}
+        changed = {"LN_LANES": lanes, "LN_GROUPS": groups, "LN_BLOCKS": max(resident // (lanes * groups), 1)}
+        defines = given | {key: str(value) for key, value in (changed | {"LN_EARLY": early}).items()}
         name = f"{lanes:>4} lanes, {groups} rows a block, parameters {'early' if early else 'late'}"
         grid, threads = (-(-rows // groups), 1, 1), (lanes * groups, 1, 1)
         yield name, dataclasses.replace(launch, defines=tuple(defines.items()), grid=grid, block=threads)

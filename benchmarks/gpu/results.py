@@ -23,10 +23,9 @@ def _gpu() -> dict[str, str]:
 
 
 def default_path() -> Path:
-    """Return the file of this machine's GPU: h200.json of an "NVIDIA H200", h100.json of an "NVIDIA H100 80GB HBM3"."""
-    name = _gpu()["name"].lower()
-    model = re.search(r"[a-z]*\d+[a-z]*", name)
-    return Path(__file__).parent / "results" / f"{model[0] if model else 'gpu'}.json"
+    """Return the file of this machine's GPU: h100-80gb-hbm3.json of an "NVIDIA H100 80GB HBM3"."""
+    name = re.sub(r"[^a-z0-9]+", "-", _gpu()["name"].lower().removeprefix("nvidia "))
+    return Path(__file__).parent / "results" / f"{name}.json"
 
 
 def _version(package: str) -> str | None:

@@ -48,7 +48,7 @@ __device__ __forceinline__ Pack<T> load(const T* source) {
   } else {
     Pack<T> pack;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) pack.item[i] = source[i];
+    for (int i = 0; i < kVector; ++i) pack.item[i] = Once ? __ldcs(source + i) : source[i];
     return pack;
   }
 }
@@ -69,6 +69,11 @@ __device__ __forceinline__ void store(Type* target, const Pack<Type>& pack) {
 
 __device__ __forceinline__ Type add(Type x, Type skip) {
   return static_cast<Type>(static_cast<float>(x) + static_cast<float>(skip));
+}
+
+__device__ __forceinline__ void widen(float (&value)[kVector], const Pack<Type>& pack) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) value[i] = static_cast<float>(pack.item[i]);
 }
 
 // A row as its group's lanes see it.
@@ -260,14 +265,22 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
     if (!inside(step, column)) continue;
     const Pack<Type> pack = row.template read<Once>(column);
     if constexpr (LN_SKIP) store<Aligned>(row.sum + column, pack);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) value[step][i] = static_cast<float>(pack.item[i]);
+    widen(value[step], pack);
     if constexpr (kEarly) parameters[step].read(row, column);
   }
-  Moments found = shifted_moments<0>(value, first, row.guess());
+  const float guess = row.guess();
+  Moments found = shifted_moments<0>(value, first, guess);
   // Rows of one warp may differ in this: all its lanes go the same way, since they shuffle together.
-  if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far())
-    found = shifted_moments<1>(value, first, found.mean);
+  if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far()) {
+    // To take the mean from distances would round twice. So the row is read again, by the other kind of load: the
+    // compiler would keep what the same kind has read, and registers are scarcer than this case is frequent.
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = first + step * kStride;
+      if (inside(step, column)) widen(value[step], row.template read<!Once>(column));
+    }
+    found = shifted_moments<1>(value, first, guess + found.mean);
+  }
   const float factor = rsqrtf(found.variance + LN_EPSILON);
   if constexpr (!kEarly) asm volatile("" ::: "memory");  // or the compiler loads them early nevertheless
 #pragma unroll
@@ -289,21 +302,23 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
 #define LN_ENTRY layernorm
 #endif
 
-extern "C" __global__ void __launch_bounds__(kLanes* kGroups) LN_ENTRY(const Type* __restrict__ x,
+// LN_BLOCKS blocks, at least, fit a multiprocessor: so many registers a thread may take.
+extern "C" __global__ void __launch_bounds__(kLanes* kGroups, LN_BLOCKS)
+    LN_ENTRY(const Type* __restrict__ x,
 #if LN_SKIP
-                                                                       const Type* __restrict__ skip,
+             const Type* __restrict__ skip,
 #endif
 #if LN_SCALE
-                                                                       const Scale* __restrict__ scale,
+             const Scale* __restrict__ scale,
 #endif
 #if LN_BIAS
-                                                                       const Bias* __restrict__ bias,
+             const Bias* __restrict__ bias,
 #endif
-                                                                       int rows,
+             int rows,
 #if LN_SKIP
-                                                                       Type* __restrict__ y, Type* __restrict__ sum
+             Type* __restrict__ y, Type* __restrict__ sum
 #else
-                                                                       Type* __restrict__ y
+             Type* __restrict__ y
 #endif
 ) {
 #if !LN_SKIP

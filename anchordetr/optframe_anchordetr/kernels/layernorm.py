@@ -122,13 +122,28 @@ def _geometry(columns: int, item_bytes: int) -> dict[str, int]:
     words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
     wanted = min(words, 32) if columns <= _WARP_COLUMNS else min(cdiv(words, 2), 512 if whole else 256)
     lanes = 1 << (wanted - 1).bit_length()
-    long = cdiv(columns, lanes * vector) * vector > _MOST_VALUES
+    groups = max(_BLOCK // lanes, 1) if lanes <= 32 else 1
+    values = cdiv(columns, lanes * vector) * vector
+    long, early = values > _MOST_VALUES, row_bytes <= _EARLY_BYTES or not whole
+    if long:
+        lanes, groups = 1024, 1
     return {
         "LN_COLUMNS": columns,
         "LN_VECTOR": vector,  # elements an access
-        "LN_LANES": 1024 if long else lanes,
-        "LN_GROUPS": max(_BLOCK // lanes, 1) if lanes <= 32 else 1,
+        "LN_LANES": lanes,
+        "LN_GROUPS": groups,
+        "LN_BLOCKS": max(_resident(values * 3 if early else values, whole) // (lanes * groups), 1),
         "LN_LONG": int(long),
-        "LN_EARLY": int(row_bytes <= _EARLY_BYTES or not whole),
+        "LN_EARLY": int(early),
         "LN_ONCE_ROWS": cdiv(_ONCE_BYTES, row_bytes),
     }
+
+
+def _resident(floats: int, whole: bool) -> int:
+    """Return the threads that a multiprocessor is to hold at least, by the numbers that each keeps in registers.
+
+    The compiler, left to itself, takes more registers, and fewer rows hide each other's latency.
+    """
+    if not whole or floats > 48:
+        return 640
+    return 1536 if floats <= 24 else 1024
