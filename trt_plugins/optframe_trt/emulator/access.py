@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optframe_trt.emulator import values
-from optframe_trt.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW, WINDOW
+from optframe_trt.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW, within
 from optframe_trt.emulator.program import Binder, Builder, Step, require_none, take, unsupported
 from optframe_trt.emulator.ptx import Address, Instruction, Name, Operand, Register, Vector, operands_of
 
@@ -72,10 +72,10 @@ def _parts(space: str, addresses: Array) -> list[tuple[str, Array | None, Array]
     found = []
     rest = np.ones(len(addresses), bool)
     for name, start in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
-        within = (addresses >= start) & (addresses < start + WINDOW)
-        if within.any():
-            found.append((name, within, addresses[within] - start))
-            rest &= ~within
+        inside = within(addresses, start)
+        if inside.any():
+            found.append((name, inside, addresses[inside] - start))
+            rest &= ~inside
     if rest.any():
         found.append(("global", rest, addresses[rest]))
     return [(name, None if which.all() else which, part) for name, which, part in found]
@@ -271,7 +271,7 @@ def _atomic(binder: Binder, by: Instruction) -> Step:
 
     def step(machine: Machine) -> None:
         addresses = place.of(machine)
-        given = [_gather_any(machine, type_, slot) for slot in slots]
+        given = [machine.gather(type_, slot) for slot in slots]
         old = np.empty(given[0].shape, values.DTYPES[type_])
         for name, which, part in _parts(space, addresses):
             chosen = np.arange(len(addresses)) if which is None else np.flatnonzero(which)
@@ -297,14 +297,6 @@ def _on_floats(type_: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return values.narrow(np.asarray((np.fmin if function is _ATOMICS["min"] else np.fmax)(*wide)), type_)
 
     return operate if function is _ATOMICS["add"] else extreme
-
-
-def _gather_any(machine: Machine, type_: str, slot: int) -> Array:
-    """Return a register's values for the selected threads, pairs along the last axis."""
-    source = machine.views[type_][slot]
-    shape = (machine.threads, 2) if type_.endswith("x2") else (machine.threads,)
-    whole = np.broadcast_to(source, shape)
-    return whole if machine.active is None else whole[machine.active]
 
 
 def _atomic_table(

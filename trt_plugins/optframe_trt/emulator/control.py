@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optframe_trt.emulator.faults import KernelFault, Unsupported
-from optframe_trt.emulator.program import Binder, Control, ControlBuilder, Step, require_none, take, unsupported
+from optframe_trt.emulator.program import (
+    Binder,
+    Control,
+    ControlBuilder,
+    Step,
+    guarded,
+    require_none,
+    take,
+    unsupported,
+)
 from optframe_trt.emulator.ptx import Immediate, Instruction, Name, Operand, operands_of
 from optframe_trt.emulator.values import LANE_BITS
 
@@ -30,13 +39,8 @@ def _branch(binder: Binder, by: Instruction) -> Control:
     there = binder.label(by, target)
     if by.guard is None:
         return lambda machine, here: machine.go(here, there)
-    slot, wanted = by.guard[0].index, by.guard[1]
-
-    def branch(machine: Machine, here: int) -> int | None:
-        taken = machine.views["pred"][slot]
-        return machine.part(here, taken if wanted else ~taken, there)
-
-    return branch
+    guard = by.guard
+    return lambda machine, here: machine.part(here, machine.holds(guard), there)
 
 
 def _indexed_branch(binder: Binder, by: Instruction) -> Control:
@@ -50,7 +54,7 @@ def _indexed_branch(binder: Binder, by: Instruction) -> Control:
         chosen = machine.gather("u32", slot)
         if (chosen >= len(targets)).any():
             machine.fault(by, "has an index past its table", int((chosen >= len(targets)).argmax()))
-        return machine.scatter_places(targets[chosen])
+        return machine.move(targets[chosen])
 
     return branch
 
@@ -61,13 +65,8 @@ def _exit(binder: Binder, by: Instruction) -> Control:
     require_none(by, modifiers)
     if by.guard is None:
         return lambda machine, here: machine.exit()
-    slot, wanted = by.guard[0].index, by.guard[1]
-
-    def leave(machine: Machine, here: int) -> int | None:
-        chosen = machine.views["pred"][slot]
-        return machine.exit(chosen if wanted else ~chosen, here)
-
-    return leave
+    guard = by.guard
+    return lambda machine, here: machine.exit(machine.holds(guard), here)
 
 
 def _fails(binder: Binder, by: Instruction) -> Control:
@@ -76,18 +75,17 @@ def _fails(binder: Binder, by: Instruction) -> Control:
         "trap": (KernelFault, "stops the kernel"),
         "call": (Unsupported, "calls a function that was not inlined, as assert and printf, which cannot be emulated"),
     }[by.opcode]
-    guard = by.guard
 
-    def fail(machine: Machine, here: int) -> int | None:
-        if guard is None:
-            machine.fault(by, reason, kind=kind)
-        chosen = machine.views["pred"][guard[0].index]
-        with machine.narrowed(chosen if guard[1] else ~chosen) as any_left:
-            if any_left:
-                machine.fault(by, reason, kind=kind)
+    def fail(machine: Machine) -> None:
+        machine.fault(by, reason, kind=kind)
+
+    step = guarded(fail, by.guard) if by.guard else fail
+
+    def reached(machine: Machine, here: int) -> int | None:
+        step(machine)
         return here + 1
 
-    return fail
+    return reached
 
 
 def _barrier(binder: Binder, by: Instruction) -> Control:
@@ -125,7 +123,7 @@ class _Barrier:
             self.finish(machine, machine.selected)
             return here + 1
         machine.stand(here)
-        numbers = np.broadcast_to(machine.views["u32"][self.number], (machine.threads,)).astype(np.int64) + 1
+        numbers = machine.read("u32", self.number).astype(np.int64) + 1
         machine.barriers[machine.selected] = numbers[machine.selected]
         ready = self._ready(machine, numbers)
         if not ready.any():
@@ -144,7 +142,7 @@ class _Barrier:
         if self.count is None:
             complete = (arrived == machine.live.reshape(blocks)).all(1) & arrived.any(1)
         else:
-            wanted = np.broadcast_to(machine.views["u32"][self.count], (machine.threads,)).reshape(blocks)[:, 0]
+            wanted = machine.read("u32", self.count).reshape(blocks)[:, 0]
             warps = arrived.reshape(len(arrived), -1, 32).any(2).sum(1)
             complete = warps * 32 == wanted
         ready = np.asarray((arrived & complete[:, None]).reshape(-1))
@@ -177,7 +175,7 @@ class _ReducingBarrier(_Barrier):
         self.source, self.wanted = binder.predicate(by, source)
 
     def finish(self, machine: Machine, threads: Array) -> None:
-        value = np.broadcast_to(machine.views["pred"][self.source], (machine.threads,)) == self.wanted
+        value = machine.read("pred", self.source) == self.wanted
         blocks = value.reshape(-1, machine.lanes), threads.reshape(-1, machine.lanes)
         if self.kind == "popc":
             result = (blocks[0] & blocks[1]).sum(1)
@@ -220,7 +218,7 @@ def together(binder: Binder, by: Instruction, step: Step, members: Operand | Non
 
 def _waiting(machine: Machine, by: Instruction, slot: int) -> Array:
     """Return the selected threads that wait for lanes of their masks."""
-    members = np.broadcast_to(machine.views["u32"][slot], (machine.threads,)).reshape(-1, 32).astype(np.int64)
+    members = machine.read("u32", slot).reshape(-1, 32).astype(np.int64)
     stranger = machine.selected & ((members & LANE_BITS) == 0).reshape(-1)
     if stranger.any():
         machine.select(stranger)

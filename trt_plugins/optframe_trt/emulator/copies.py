@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optframe_trt.driver import POISON
+from optframe_trt.emulator.values import repeated
 
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
@@ -44,8 +45,7 @@ class PendingCopies:
     def start(self, by: Instruction, targets: Array, words: Array) -> None:
         """Start copies of the selected threads: `words` (threads, count) to the shared addresses `targets`."""
         machine = self._machine
-        poison = np.full((1, words.shape[1]), int.from_bytes(bytes([POISON]) * words.itemsize, "little"), words.dtype)
-        machine.shared.store(machine, by, targets, np.broadcast_to(poison, words.shape))
+        machine.shared.store(machine, by, targets, np.full_like(words, repeated(POISON, words.itemsize)))
         threads = machine.active_threads
         self._copies.append(_Copy(by, threads, self._groups()[threads], targets, words))
 

@@ -63,7 +63,7 @@ def _careful(binder: Binder, by: Instruction, type_: str, function: Function, ho
         if "sat" in how:
             wide = values.saturate(wide)
         if "relu" in how:
-            wide = np.where(np.isnan(wide), wide, np.maximum(wide, 0.0))
+            wide = values.relu(wide)
         result = values.narrow(np.asarray(wide), type_, rounding)
         machine.write(type_, target, values.flush(result) if "ftz" in how and type_ == "f32" else result)
 
@@ -99,7 +99,7 @@ def _fma_exact(a: Array, b: Array, c: Array) -> Array:
     return values.add_odd(a * b, c)
 
 
-def fma(binder: Binder, by: Instruction) -> Step:
+def _fma(binder: Binder, by: Instruction) -> Step:
     """Bind fma (or mad, which is the same for floats)."""
     type_, how = _split(by)
     operands_of(by, (4,))
@@ -263,8 +263,8 @@ BUILDERS: dict[str, Builder] = {
     "add": _arithmetic(np.add, values.add_odd),
     "sub": _arithmetic(np.subtract, _subtract),
     "mul": _arithmetic(np.multiply, np.multiply),
-    "fma": fma,
-    "mad": fma,
+    "fma": _fma,
+    "mad": _fma,
     "div": _divide,
     "rcp": _unary(lambda x: 1.0 / x, np.reciprocal),
     "sqrt": _unary(np.sqrt, np.sqrt),

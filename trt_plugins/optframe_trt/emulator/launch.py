@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -55,8 +56,8 @@ def run_on_arrays(
     kinds = "q" * len(inputs) + "i" * len(extras) + "q" * len(results)
     values = [*addresses[: len(inputs)], *extras, *addresses[len(inputs) :]]
     parameters = struct.pack(f"@{kinds}", *values)
-    count = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    each = max(1, _BATCH // max(1, launch.block[0] * launch.block[1] * launch.block[2]))
+    count = math.prod(launch.grid)
+    each = max(1, _BATCH // math.prod(launch.block))
     with np.errstate(all="ignore"):
         for first in range(0, count, each):
             blocks = np.arange(first, min(first + each, count), dtype=np.int64)
@@ -74,7 +75,7 @@ def _check_launch(program: Program, launch: KernelLaunch, inputs: int, outputs: 
             f"the kernel {launch.entry} has parameters of {sizes} bytes, but a launch gives {given}: the inputs, "
             f"{len(launch.extras)} int32 extras, the outputs"
         )
-    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    threads = math.prod(launch.block)
     if not 0 < threads <= 1024:
         raise KernelFault(f"the kernel {launch.entry} is launched with {threads} threads a block, not 1 to 1024")
     shared = program.layout.shared_bytes + launch.shared_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from optframe_trt.emulator.copies import PendingCopies
 from optframe_trt.emulator.faults import KernelFault
 from optframe_trt.emulator.memory import GlobalMemory, LocalMemory, SharedMemory
 from optframe_trt.emulator.program import Program
-from optframe_trt.emulator.ptx import Instruction
+from optframe_trt.emulator.ptx import Instruction, Register
 
 Array = np.ndarray[Any, Any]
 
@@ -64,7 +65,7 @@ class Machine:
         self.program, self.launch, self.memory, self.checks = program, launch, memory, checks
         self.blocks = blocks
         self.parameters = parameters
-        self.block_threads = launch.block[0] * launch.block[1] * launch.block[2]
+        self.block_threads = math.prod(launch.block)
         self.lanes = -(-self.block_threads // 32) * 32  # of a block
         self.threads = self.lanes * len(blocks)
         self._registers = self._poisoned_registers()
@@ -157,12 +158,21 @@ class Machine:
         target = self.views[type_][slot]
         np.copyto(target, result, where=self.where_of(target))
 
-    def gather(self, type_: str, slot: int) -> Array:
-        """Return a register's values for the selected threads."""
+    def read(self, type_: str, slot: int) -> Array:
+        """Return a register's, or a constant's, values for all threads; pairs have a last axis of 2."""
         source = self.views[type_][slot]
-        if source.ndim == 0:
-            return np.full(self.active_count, source)
-        return source if self.active is None else source.take(self.active)
+        shape = (self.threads, 2) if type_.endswith("x2") else (self.threads,)
+        return source if source.shape == shape else np.broadcast_to(source, shape)
+
+    def gather(self, type_: str, slot: int) -> Array:
+        """Return what `read` does for the selected threads alone."""
+        whole = self.read(type_, slot)
+        return whole if self.active is None else whole.take(self.active, axis=0)
+
+    def holds(self, guard: tuple[Register, bool]) -> Array:
+        """Return where a predicate is as its guard wants it."""
+        value = self.views["pred"][guard[0].index]
+        return value if guard[1] else ~value
 
     def scatter(self, type_: str, slot: int, result: Array) -> None:
         """Write one value for each selected thread to a register."""
@@ -217,7 +227,7 @@ class Machine:
             self.steps += end - place + 1
             if self.steps > self.checks.max_steps:
                 self._too_long(end)
-            place = self._move(end) if end != stop or stop == len(steps) else controls[stop](self, stop)
+            place = self.move(end) if end != stop or stop == len(steps) else controls[stop](self, stop)
 
     def _too_long(self, place: int) -> NoReturn:
         by = self.program.kernel.instructions[min(place, len(self.program.steps) - 1)]
@@ -225,10 +235,11 @@ class Machine:
 
     def go(self, here: int, place: int) -> int | None:
         """Move the selected threads from `here` to a place; return it, or None if others are to run first."""
-        return place if self.converged or here < place < self._merge_at else self._move(place)
+        return place if self.converged or here < place < self._merge_at else self.move(place)
 
-    def _move(self, place: int) -> int | None:
-        self._places[self.selected] = place
+    def move(self, places: int | Array) -> int | None:
+        """Move the selected threads to a place, or each to its own."""
+        self._places[self.selected] = places
         return self._regroup()
 
     def part(self, here: int, taken: Array, there: int) -> int | None:
@@ -271,11 +282,6 @@ class Machine:
         """Let threads stand where they are until others come."""
         self._blocked |= threads
 
-    def scatter_places(self, places: Array) -> int | None:
-        """Move each selected thread to a place of its own."""
-        self._places[self.selected] = places
-        return self._regroup()
-
     @property
     def places(self) -> Array:
         """Where threads that are not selected stand; those that exited lie past the end."""
@@ -313,15 +319,12 @@ class Machine:
         return place
 
     def _deadlock(self) -> NoReturn:
-        waiting = np.flatnonzero(self.live)
-        first = int(waiting[0])
-        by = self.program.kernel.instructions[self._places[first]]
-        standing = {self.program.kernel.instructions[place].text for place in np.unique(self._places[waiting])}
-        others = f"; others wait at '{min(standing - {by.text})}'" if len(standing) > 1 else ""
-        raise KernelFault(
-            f"the kernel {self.program.kernel.name}, {self.describe(first)}: '{by.text}' is never left, since threads "
-            f"that it waits for do not come{others}"
-        )
+        self.select(self.live)
+        standing = self._places[self.live]
+        by = self.program.kernel.instructions[standing[0]]
+        others = {self.program.kernel.instructions[place].text for place in np.unique(standing)} - {by.text}
+        besides = f"; others wait at '{min(others)}'" if others else ""
+        self.fault(by, f"is never left, since threads that it waits for do not come{besides}")
 
 
 def coordinates(number: Array, sizes: Sequence[int]) -> tuple[Array, Array, Array]:

@@ -27,14 +27,15 @@ _ROWS, _COLUMNS = 16, 8
 _DEPTHS = {"f16": (8, 16), "bf16": (8, 16), "tf32": (4, 8), "s8": (16, 32), "u8": (16, 32)}
 
 
+def _size(kind: str, depth: int) -> int:
+    """Return how many elements a matrix has: "a" is (16, depth), "b" (depth, 8), "c" (16, 8)."""
+    return {"a": _ROWS * depth, "b": depth * _COLUMNS, "c": _ROWS * _COLUMNS}[kind]
+
+
 @cache
 def _places(kind: str, depth: int, bits: int) -> Array:
-    """Return where each element of a matrix lies in its fragment, flattened as (register, lane, item).
-
-    `kind` is "a" (16, depth), "b" (depth, 8) or "c" (16, 8), of elements of so many bits.
-    """
-    per = 32 // bits
-    size = {"a": _ROWS * depth, "b": depth * _COLUMNS, "c": _ROWS * _COLUMNS}[kind]
+    """Return where each element of so many bits lies in its matrix's fragment, flattened as (register, lane, item)."""
+    per, size = 32 // bits, _size(kind, depth)
     register, lane, item = np.indices((size // (32 * per), 32, per)).reshape(3, -1)
     group, within = lane // 4, lane % 4
     if kind == "b":
@@ -80,11 +81,15 @@ def _write_matrix(machine: Machine, slots: list[int], matrix: Array, type_: str)
         machine.write("u32", slot, items[:, number].reshape(-1))
 
 
+def _modifiers(by: Instruction) -> list[str]:
+    """Return the modifiers behind `.sync.aligned`, which must be there."""
+    if by.modifiers[:2] != ("sync", "aligned"):
+        raise unsupported(by)
+    return list(by.modifiers[2:])
+
+
 def _multiply(binder: Binder, by: Instruction) -> Control:
-    modifiers = list(by.modifiers)
-    for word in ("sync", "aligned"):
-        if not take(modifiers, (word,)):
-            raise unsupported(by)
+    modifiers = _modifiers(by)
     shape = take(modifiers, tuple(f"m16n8k{depth}" for depth in (4, 8, 16, 32)))
     layouts = take(modifiers, ("row",)), take(modifiers, ("col",))
     saturating = take(modifiers, ("satfinite",))
@@ -114,18 +119,14 @@ def _multiply(binder: Binder, by: Instruction) -> Control:
 
 
 def _fragment(binder: Binder, by: Instruction, operand: Operand | None, kind: str, depth: int, type_: str) -> list[int]:
-    size = {"a": _ROWS * depth, "b": depth * _COLUMNS, "c": _ROWS * _COLUMNS}[kind]
     items = operand.items if isinstance(operand, Vector) else (operand,)
-    if len(items) != size * values.width(type_) // (32 * 32):
+    if len(items) != _size(kind, depth) * values.width(type_) // (32 * 32):
         raise unsupported(by)
     return [binder.slot(by, item, "u32") for item in items]
 
 
 def _load_matrices(binder: Binder, by: Instruction) -> Control:
-    modifiers = list(by.modifiers)
-    for word in ("sync", "aligned"):
-        if not take(modifiers, (word,)):
-            raise unsupported(by)
+    modifiers = _modifiers(by)
     shape = take(modifiers, ("m8n8",))
     count = int((take(modifiers, ("x1", "x2", "x4")) or "x0")[1:])
     transposed = bool(take(modifiers, ("trans",)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from optframe_trt.driver import POISON
 from optframe_trt.emulator.races import RaceDetector
+from optframe_trt.emulator.values import repeated
 
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
@@ -23,6 +24,12 @@ Array = np.ndarray[Any, Any]
 GLOBAL_BASE = 1 << 40
 SHARED_WINDOW, LOCAL_WINDOW, WINDOW = 1 << 50, 1 << 51, 1 << 32
 """Where shared and local memory lie in generic addresses, and how much of those they take."""
+
+
+def within(addresses: Array, window: int) -> Array:
+    """Return which generic addresses lie in the window that starts there."""
+    return np.asarray((addresses >= window) & (addresses < window + WINDOW))
+
 
 SHIFTS = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 
@@ -167,15 +174,20 @@ class SharedMemory:
         """Return (threads, count) items; see `places`, and that they were written and no other warp writes them."""
         size = item * count
         index = self.places(machine, by, addresses, size)
-        if self._uninitialised:
-            written = self._written.load(index, item, count)
-            full = (1 << 8 * item) - 1
-            if not (written == full).all():
-                at = int((written != full).any(1).argmax())
-                machine.fault(by, f"reads shared address {addresses[at]}, which nobody wrote", at)
+        self._require_written(machine, by, addresses, index, item, count)
         if self.races:
             self.races.read(machine, by, index, size)
         return self.words.load(index, item, count)
+
+    def _require_written(
+        self, machine: Machine, by: Instruction, addresses: Array, index: Array, item: int, count: int
+    ) -> None:
+        if not self._uninitialised:
+            return
+        missing = self._written.load(index, item, count) != repeated(0xFF, item)
+        if missing.any():
+            at = int(missing.any(1).argmax())
+            machine.fault(by, f"reads shared address {addresses[at]}, which nobody wrote", at)
 
     def load_matrix_rows(self, machine: Machine, by: Instruction, addresses: Array) -> Array:
         """Return (threads, 8) words of 16 bits; rows that nobody wrote are poison, since tiles may reach past data."""
@@ -192,15 +204,11 @@ class SharedMemory:
             self.races.write(machine, by, index, size)
         self.words.store(index, values)
         if self._uninitialised:
-            self._written.store(index, np.full((1, values.shape[1]), -1).astype(values.dtype))
+            self._written.store(index, np.full((1, values.shape[1]), repeated(0xFF, values.itemsize)))
 
     def note_atomic(self, machine: Machine, by: Instruction, addresses: Array, index: Array, size: int) -> None:
         """Note an atomic access, which may meet those of other warps."""
-        if self._uninitialised:
-            written = self._written.load(index, 1, size)
-            if not written.all():
-                at = int((written == 0).any(1).argmax())
-                machine.fault(by, f"reads shared address {addresses[at]}, which nobody wrote", at)
+        self._require_written(machine, by, addresses, index, size, 1)
         if self.races:
             self.races.write(machine, by, index, size, atomic=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optframe_trt.emulator import values
-from optframe_trt.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW, WINDOW
+from optframe_trt.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW, within
 from optframe_trt.emulator.program import Binder, Builder, Step, require_none, take, unsupported
 from optframe_trt.emulator.ptx import Instruction, Operand, Pair, Register, Vector, operands_of
 
@@ -67,8 +67,7 @@ def _unpack(binder: Binder, by: Instruction, type_: str, target: Vector, source:
     a = binder.slot(by, source, whole)
 
     def step(machine: Machine) -> None:
-        value = np.broadcast_to(machine.views[whole][a], (machine.threads,))
-        pieces = np.ascontiguousarray(value).reshape(-1, 1).view(values.DTYPES[part])
+        pieces = np.ascontiguousarray(machine.read(whole, a)).reshape(-1, 1).view(values.DTYPES[part])
         for number, slot in enumerate(slots):
             if slot is not None:
                 machine.write(part, slot, pieces[:, number])
@@ -284,7 +283,7 @@ def _conversion(by: Instruction, how: list[str], to: str, source: str) -> Callab
         if "sat" in how:
             wide = values.saturate(wide)
         if "relu" in how:
-            wide = np.where(np.isnan(wide), wide, np.maximum(wide, 0.0))
+            wide = values.relu(wide)
         result = values.narrow(wide, to, rounding)
         return values.flush(result) if "ftz" in how and to == "f32" else result
 
@@ -328,10 +327,9 @@ def _convert_pair(binder: Binder, by: Instruction, how: list[str], to: str) -> S
     rounding = "rz" if "rz" in how else "rn"
 
     def step(machine: Machine) -> None:
-        view = machine.views["f32"]
-        wide = np.stack([np.broadcast_to(view[slot], (machine.threads,)) for slot in slots], -1).astype(np.float64)
+        wide = np.stack([machine.read("f32", slot) for slot in slots], -1).astype(np.float64)
         if "relu" in how:
-            wide = np.where(np.isnan(wide), wide, np.maximum(wide, 0.0))
+            wide = values.relu(wide)
         machine.write(to, out, values.narrow(wide, to, rounding))
 
     return step
@@ -371,8 +369,8 @@ def _is_space(binder: Binder, by: Instruction) -> Step:
 
     def step(machine: Machine) -> None:
         address = machine.views["s64"][a]
-        within = {name: (address >= start) & (address < start + WINDOW) for name, start in _WINDOWS.items()}
-        machine.write("pred", out, within[space] if space in within else ~(within["shared"] | within["local"]))
+        inside = {name: within(address, start) for name, start in _WINDOWS.items()}
+        machine.write("pred", out, inside[space] if space in inside else ~(inside["shared"] | inside["local"]))
 
     return step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -85,7 +84,7 @@ class Binder:
         if isinstance(operand, Register) and operand.file == file:
             return operand.index
         if isinstance(operand, Immediate):
-            return self.constant(file, _bits(operand, type_))
+            return self.constant(file, operand.bits(file))
         if isinstance(operand, Name):
             known = {32: SPECIALS, 64: WIDE_SPECIALS}.get(file, ())
             if operand.text in known:
@@ -118,13 +117,6 @@ class Binder:
         return self.kernel.labels[operand.text]
 
 
-def _bits(number: Immediate, type_: str) -> int:
-    """Return an immediate's bits as `type_`; f32 may be written with the bits of a double."""
-    if number.width == 64 and type_ == "f32":
-        return int.from_bytes(struct.pack("<f", struct.unpack("<d", number.value.to_bytes(8, "little"))[0]), "little")
-    return number.value % (1 << max(values.width(type_), 16 if values.file_of(type_) == 16 else 1))
-
-
 def unsupported(by: Instruction) -> Unsupported:
     """Return the error for an instruction that is not known."""
     return Unsupported(f"the emulator does not know the PTX instruction '{by.text}'")
@@ -143,11 +135,9 @@ def require_none(by: Instruction, modifiers: list[str]) -> None:
 
 def guarded(step: Step, guard: tuple[Register, bool]) -> Step:
     """Return the step for those threads alone whose predicate is as the guard says."""
-    register, wanted = guard
 
     def run(machine: Machine) -> None:
-        chosen = machine.views["pred"][register.index]
-        with machine.narrowed(chosen if wanted else ~chosen) as any_left:
+        with machine.narrowed(machine.holds(guard)) as any_left:
             if any_left:
                 step(machine)
 

@@ -28,6 +28,13 @@ class Immediate:
     value: int
     width: int = 0
 
+    def bits(self, width: int) -> int:
+        """Return the number in so many bits; a float32 may be written with the bits of a double."""
+        if self.width == 64 and width == 32:
+            (double,) = struct.unpack("<d", self.value.to_bytes(8, "little"))
+            return int.from_bytes(struct.pack("<f", double), "little")
+        return self.value % (1 << width)
+
 
 @dataclass(frozen=True)
 class Name:
@@ -343,14 +350,8 @@ def _initial(text: str, kind: str, whole: str) -> bytes:
         if part and number is None:
             raise Unsupported(f"the emulator knows numbers alone as initial values, not '{_short(whole)}'")
         if number is not None:
-            found.append(_bytes(number, item))
+            found.append(number.bits(8 * item).to_bytes(item, "little"))
     return b"".join(found)
-
-
-def _bytes(number: Immediate, size: int) -> bytes:
-    if number.width == 64 and size == 4:
-        return struct.pack("<f", struct.unpack("<d", number.value.to_bytes(8, "little"))[0])
-    return (number.value % (1 << 8 * size)).to_bytes(size, "little")
 
 
 def _short(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optframe_trt.emulator.values import repeated
+
 if TYPE_CHECKING:
     from optframe_trt.emulator.machine import Machine
     from optframe_trt.emulator.ptx import Instruction
@@ -23,8 +25,6 @@ _MANY = 0xFF
 _ATOMIC = 0xFE
 """The code of bytes that atomics wrote."""
 
-_UNSIGNED: dict[int, Any] = {size: np.dtype(f"uint{8 * size}").type for size in (1, 2, 4, 8)}
-
 
 class RaceDetector:
     """What warps did to the shared memory of the blocks of a batch; `codes` is each thread's warp, from 1 up."""
@@ -33,7 +33,7 @@ class RaceDetector:
         self._stride = stride
         self._writer = np.zeros(blocks * stride, np.uint8)
         self._reader = np.zeros(blocks * stride, np.uint8)
-        self._codes = {size: codes.astype(f"uint{8 * size}") * _repeated(1, size) for size in (1, 2, 4, 8)}
+        self._codes = {size: codes.astype(f"uint{8 * size}") * repeated(1, size) for size in (1, 2, 4, 8)}
         self._used = False
 
     def synchronize(self, blocks: Sequence[int] | None) -> None:
@@ -61,7 +61,7 @@ class RaceDetector:
         """Note a write of `size` bytes at places counted in such."""
         for at, words in _split(index, size):
             mine = self._mine(machine, words)
-            allowed = _repeated(_ATOMIC, words) if atomic else None
+            allowed = repeated(_ATOMIC, words) if atomic else None
             self._require(machine, by, self._writer, at, mine, "wrote", allowed)
             self._require(machine, by, self._reader, at, mine, "read", allowed)
             writer = self._writer.view(mine.dtype)
@@ -77,10 +77,10 @@ class RaceDetector:
     def _note_read(self, at: Array, mine: Array) -> None:
         reader = self._reader.view(mine.dtype)
         found = reader.take(at)
-        many = _repeated(_MANY, mine.itemsize)
+        many = repeated(_MANY, mine.itemsize)
         fine = (found == 0) | (found == mine)
         if not fine.all():
-            if ((found & mine.dtype.type(0xFF)) * _repeated(1, mine.itemsize) != found).any():
+            if ((found & mine.dtype.type(0xFF)) * repeated(1, mine.itemsize) != found).any():
                 self._note_read_bytes(at, mine)
                 return
             mine = np.where(fine, mine, many)
@@ -122,10 +122,6 @@ class RaceDetector:
                 who = {_MANY: "other warps", _ATOMIC: "atomics of other warps"}.get(code, f"warp {code - 1}")
                 text = f"a race on shared address {byte}: {who} {verb} it with no barrier between"
                 machine.fault(by, text, int(place))
-
-
-def _repeated(code: int, size: int) -> Any:
-    return _UNSIGNED[size](int.from_bytes(bytes([code]) * size, "little"))
 
 
 def _split(index: Array, size: int) -> list[tuple[Array, int]]:

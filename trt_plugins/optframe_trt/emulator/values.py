@@ -25,6 +25,9 @@ DTYPES: dict[str, Any] = {
 INTEGERS = tuple(name for name in DTYPES if name[0] in "bus" and "x2" not in name and name != "bf16")
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 
+UNSIGNED: dict[int, Any] = {size: np.dtype(f"uint{8 * size}").type for size in (1, 2, 4, 8)}
+"""The NumPy types of words, by their bytes."""
+
 LANE_BITS = np.int64(1) << np.arange(32, dtype=np.int64)
 """The bit of each lane of a warp in a mask."""
 
@@ -109,6 +112,16 @@ def flush(values: Array) -> Array:
 def saturate(values: Array) -> Array:
     """Return values within 0 and 1; 0 for NaN."""
     return np.where(np.isnan(values), 0, np.clip(values, 0, 1)).astype(values.dtype)
+
+
+def relu(values: Array) -> Array:
+    """Return values, 0 for those below; NaN stays."""
+    return np.maximum(values, 0.0)
+
+
+def repeated(byte: int, size: int) -> Any:
+    """Return an unsigned word of `size` bytes, each of them `byte`."""
+    return UNSIGNED[size](int.from_bytes(bytes([byte]) * size, "little"))
 
 
 def to_integer(values: Array, type_: str) -> Array:

@@ -25,9 +25,12 @@ _LANES = np.arange(32)
 
 def warps(machine: Machine, type_: str, slot: int) -> Array:
     """Return a register, or a constant, as (warps, lanes)."""
-    source = machine.views[type_][slot]
-    whole = source if source.ndim else np.broadcast_to(source, (machine.threads,))
-    return whole.reshape(-1, 32)
+    return machine.read(type_, slot).reshape(-1, 32)
+
+
+def _asked(machine: Machine, mask: int) -> Array:
+    """Return for each lane, as bits, which selected lanes of its warp the mask of members names."""
+    return np.asarray(machine.active_masks[:, None] & warps(machine, "u32", mask))
 
 
 def _targets(binder: Binder, by: Instruction, target: Operand | None) -> tuple[int | None, int | None]:
@@ -106,7 +109,7 @@ def _vote(binder: Binder, by: Instruction) -> Control:
     def step(machine: Machine) -> None:
         said = (warps(machine, "pred", slot) == wanted) & machine.selected.reshape(-1, 32)
         yes = (said @ LANE_BITS)[:, None] & warps(machine, "u32", mask)
-        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
+        asked = _asked(machine, mask)
         if mode == "ballot":
             machine.write("u32", result, yes.astype(np.uint32).reshape(-1))
             return
@@ -130,7 +133,7 @@ def _match(binder: Binder, by: Instruction) -> Control:
 
     def step(machine: Machine) -> None:
         value = warps(machine, type_, slot)
-        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
+        asked = _asked(machine, mask)
         same = ((value[:, :, None] == value[:, None, :]) @ LANE_BITS) & asked
         whole = same == asked
         if result is not None:
@@ -162,7 +165,7 @@ def _reduce(binder: Binder, by: Instruction) -> Control:
 
     def step(machine: Machine) -> None:
         value = warps(machine, type_, slot)
-        asked = machine.active_masks[:, None] & warps(machine, "u32", mask)
+        asked = _asked(machine, mask)
         among = (asked[:, :, None] & LANE_BITS) != 0  # (warps, lanes that ask, lanes that give)
         given = np.where(among, value[:, None, :], value.dtype.type(neutral))
         machine.write(type_, result, function.reduce(given, axis=2).astype(value.dtype).reshape(-1))
