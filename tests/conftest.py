@@ -68,6 +68,15 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture
+def needs_nvrtc() -> None:
+    """Skips where no NVRTC is installed."""
+    from optframe_trt import nvrtc
+
+    if not nvrtc.toolkits():
+        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
+
+
 @pytest.fixture(scope="session")
 def benchmark_module() -> Iterator[Callable[[str], ModuleType]]:
     """A function that imports a file of `benchmarks`, "graph/measure.py", under its name without the folder."""

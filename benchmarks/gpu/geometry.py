@@ -31,11 +31,13 @@ def variants(launch: KernelLaunch) -> Iterator[tuple[str, KernelLaunch]]:
         wasteful = (lanes > 32 and block != BLOCKS[0]) or (lanes // 2) * vector >= columns or lanes * groups < 32
         if wasteful or steps > MOST_STEPS:
             continue
-        changed = {"LN_LANES": lanes, "LN_GROUPS": groups, "LN_BLOCKS": max(resident // (lanes * groups), 1)}
-        defines = given | {key: str(value) for key, value in (changed | {"LN_EARLY": early}).items()}
+        threads = lanes * groups
+        blocks = max(resident // threads, 1)
+        changed = {"LN_LANES": lanes, "LN_GROUPS": groups, "LN_BLOCKS": blocks, "LN_EARLY": early}
+        defines = given | {key: str(value) for key, value in changed.items()}
         name = f"{lanes:>4} lanes, {groups} rows a block, parameters {'early' if early else 'late'}"
-        grid, threads = (-(-rows // groups), 1, 1), (lanes * groups, 1, 1)
-        yield name, dataclasses.replace(launch, defines=tuple(defines.items()), grid=grid, block=threads)
+        sizes = {"grid": (-(-rows // groups), 1, 1), "block": (threads, 1, 1)}
+        yield name, dataclasses.replace(launch, defines=tuple(defines.items()), **sizes)
 
 
 def measure(rows: int, columns: int, dtype: torch.dtype, best: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optframe.types import KernelLaunch, KernelSpec, TensorInfo
+from optframe.types import Defines, KernelLaunch, KernelSpec, TensorInfo
 from optframe_anchordetr.kernels import LAYERNORM, RCDA
 from optframe_trt import driver, nvrtc
 
@@ -34,7 +34,7 @@ RCDA_SIZES = ((3350, 50, 67), (900, 50, 67), (7056, 84, 84), (900, 84, 84), (160
 
 
 @cache
-def _kernel(source: str, entry: str, defines: tuple[tuple[str, str], ...]) -> driver.Kernel:
+def _kernel(source: str, entry: str, defines: Defines) -> driver.Kernel:
     return driver.Kernel(nvrtc.compile_ptx(source, defines=defines).text, entry)
 
 

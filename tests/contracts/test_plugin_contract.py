@@ -169,13 +169,12 @@ def test_its_ptx_is_the_same_everywhere(identifier: str, specs: Mapping[str, OpS
 @pytest.mark.parametrize(
     ("device", "trials"), [("emulator", 1), pytest.param("gpu", 3, marks=pytest.mark.gpu)], ids=["emulator", "gpu"]
 )
+@pytest.mark.usefixtures("needs_nvrtc")
 @by_op
 def test_as_a_kernel(
     identifier: str, specs: Mapping[str, OpSpec], seed: int, device: testing.Device, trials: int
 ) -> None:
     contract = CONTRACTS[identifier]
-    if not nvrtc.toolkits():
-        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
     runs = testing.assert_kernel_contract(
         specs[identifier],
         contract.draw,

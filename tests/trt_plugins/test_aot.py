@@ -11,14 +11,13 @@ import pytest
 
 from optframe.errors import EnvironmentLacks
 from optframe_anchordetr.ops import LAYER_NORM
-from optframe_trt import aot, flavours, nvrtc
+from optframe_trt import aot, flavours
 
 SCRIPT = Path(__file__).parent / "in_full_tensorrt.py"
 
 
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_real_bindings_take_the_declarations(full_tensorrt: dict[str, str]) -> None:
-    if not nvrtc.toolkits():
-        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=full_tensorrt)
     assert done.returncode == 0, done.stdout + done.stderr
     *_, capped, shaped, last = done.stdout.splitlines()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optframe.errors import EnvironmentLacks
-from optframe.types import KernelSpec, TensorInfo
+from optframe.types import Defines, KernelSpec, TensorInfo
 from optframe_trt import driver, emulator, nvrtc
 
 Array = np.ndarray[Any, Any]
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @cache
-def compiled(source: str, defines: tuple[tuple[str, str], ...]) -> str:
+def compiled(source: str, defines: Defines) -> str:
     return nvrtc.compile_ptx(source, defines=defines).text
 
 

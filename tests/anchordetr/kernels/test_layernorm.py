@@ -127,12 +127,11 @@ def dict_of(chosen: Any) -> dict[str, int]:
     return {name: int(value) for name, value in chosen.defines if name in names}
 
 
+@pytest.mark.usefixtures("needs_nvrtc")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [7, 256, 4096, 20000])
 @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
 def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
-    if not nvrtc.toolkits():
-        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
     x, parameter = TensorInfo((3, columns), dtype), TensorInfo((columns,), "float32")
     skips = int(spec is SKIP_LAYERNORM)
     chosen = launch(spec, *[x] * (1 + skips), parameter, parameter, outputs=1 + skips)
@@ -144,13 +143,9 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
     assert ("st.global.cs.v4" in ptx) == (columns % 8 == 0), "outputs are marked as not needed again"
 
 
+@pytest.mark.usefixtures("needs_nvrtc")
 class TestDispatch:
     """Which way a launch takes, on PTX that is edited so that the ways differ; under the emulator alone."""
-
-    @pytest.fixture(autouse=True)
-    def needs_nvrtc(self) -> None:
-        if not nvrtc.toolkits():
-            pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
 
     @pytest.mark.parametrize(
         ("spec", "rows", "marked"), [(LAYERNORM, 31, False), (LAYERNORM, 32, True), (SKIP_LAYERNORM, 32, False)]

@@ -272,14 +272,13 @@ class TestLaunchRule:
             launch(Size(1, 9, 1500, 37), "float32")
 
 
+@pytest.mark.usefixtures("needs_nvrtc")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "instruction"),
     [("float16", "m16n8k16.row.col.f32.f16"), ("bfloat16", "m16n8k16.row.col.f32.bf16"), ("float32", "fma.rn.f32")],
 )
 def test_compiles(dtype: str, instruction: str, masked: bool) -> None:
-    if not nvrtc.toolkits():
-        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
     masks = (TensorInfo((1, 67), "bool"), TensorInfo((1, 50), "bool")) if masked else ()
     chosen = launch(Size(1, 900, 50, 67, heads=8), dtype, *masks)
     ptx = nvrtc.compile_ptx(RCDA.read_source(), defines=chosen.defines).text

@@ -19,10 +19,8 @@ HEADERS = {"__half": "#include <cuda_fp16.h>\n", "__nv_bfloat16": "#include <cud
 
 
 @pytest.fixture
-def emulate() -> Emulate:
+def emulate(needs_nvrtc: None) -> Emulate:
     """`emulate(source, inputs, outputs, grid=, block=, ...)` -> outputs of the kernel `k`."""
-    if not nvrtc.toolkits():
-        pytest.skip("no NVRTC is installed (extra optframe[nvrtc])")
 
     def run(
         source: str,
