@@ -1,7 +1,7 @@
 """Measures Anchor DETR (R50-DC5, 1x3x800x1066, seeded weights) as optframe runs it, beside its peers.
 
 Every row is written as soon as it is measured, and is left alone by later calls unless --again: compilations of minutes
-can be spread over several calls. Ours is measured again beside each peer.
+can be spread over several calls. Ours is measured again, in the same precision, beside each peer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import datetime
 import json
 import statistics
 import time
@@ -32,6 +33,8 @@ from optframe_anchordetr.export import export
 SIZE = (800, 1066)
 WARM_UP, RUNS = 10, 100
 OURS = "optframe torch"
+PIPELINES = {"fp16": "anchordetr-cuda", "tf32": "anchordetr-tensorrt", "fp32": "anchordetr-tensorrt"}
+"""The faster of both: merged products win where no kernel of half precision wants its inputs apart."""
 
 CLASSES = {
     "attention": ("rcda", "sdpa", "flash", "fmha"),
@@ -60,8 +63,8 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 class Bench:
     """The model, its input and FP32 reference at one batch size, and our runner."""
 
-    def __init__(self, batch: int, folder: Path, pipeline: str) -> None:
-        self.batch, self.folder, self.pipeline = batch, folder / f"batch{batch}", pipeline
+    def __init__(self, batch: int, folder: Path, pipeline: str | None = None) -> None:
+        self.batch, self.folder, self._pipeline = batch, folder / f"batch{batch}", pipeline
         self.folder.mkdir(parents=True, exist_ok=True)
         self.adapter = AnchorDETRAdapter(AnchorDETROptions(shape=(batch, 3, *SIZE)))
         self.feeds = dict(self.adapter.feeds()[0])
@@ -78,25 +81,30 @@ class Bench:
             export(self.adapter._model, path, self.adapter._export_options)
         return path
 
-    def optimized(self) -> Path:
-        """Write what our pipeline makes of the export, in FP32 and FP16, and return the files' folder."""
-        folder = self.folder / self.pipeline
+    def pipeline(self, precision: str) -> str:
+        return self._pipeline or PIPELINES[precision]
+
+    def optimized(self, pipeline: str) -> Path:
+        """Write what the pipeline makes of the export, in FP32 and FP16, and return the files' folder."""
+        folder = self.folder / pipeline
         if not (folder / "fp16.onnx").exists():
             folder.mkdir(exist_ok=True)
-            model = optframe.optimize(self.raw(), pipeline=self.pipeline, verify="off").model
+            model = optframe.optimize(self.raw(), pipeline=pipeline, verify="off").model
             graph.save(model, folder / "fp32.onnx")
             graph.save(optframe.convert_precision(model, "fp16"), folder / "fp16.onnx")
         return folder
 
     def ours(self, precision: str) -> tuple[Callable[[], Any], Callable[[], list[Any]], Any]:
         """Return a run on the device, what fetches the outputs, and the runner."""
-        file = "fp16" if precision == "fp16" else "fp32"
+        file = "fp16.onnx" if precision == "fp16" else "fp32.onnx"
         settings = TorchSettings(tf32=precision == "tf32")
-        runner = open_model(graph.load(self.optimized() / f"{file}.onnx"), "cuda", settings, "anchordetr")
+        model = graph.load(self.optimized(self.pipeline(precision)) / file)
+        runner = open_model(model, "cuda", settings, "anchordetr")
         run = runner.bind(self.feeds)  # type: ignore[attr-defined]
         return run, lambda: list(runner.run(self.feeds).values()), runner
 
     def row(self, name: str, precision: str, ours: bool, run: Callable[[], Any], fetch: Any) -> dict[str, Any]:
+        """Time the run; its date stands in the row, since a table's rows can be of several calls."""
         with torch.inference_mode():
             median, p90 = timed(run)
             outputs = fetch()
@@ -110,6 +118,7 @@ class Bench:
             "p90_ms": round(p90, 3),
             "logits_max_abs": errors[0],
             "boxes_max_abs": errors[1],
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
 
@@ -150,12 +159,13 @@ def kernels(run: Callable[[], Any], runs: int = 5) -> list[tuple[float, float, s
     return sorted(((us, n, name) for name, (us, n) in spent.items()), reverse=True)
 
 
-def measure_ours(bench: Bench, precision: str, path: Path) -> tuple[dict[str, Any], Callable[[], Any]]:
+def measure_ours(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[], Any]]:
     """Return our row and the run, which stays ready to be timed again."""
     start = time.perf_counter()
     run, fetch, runner = bench.ours(precision)
     seconds = time.perf_counter() - start
-    row = {**bench.row(OURS, precision, True, run, fetch), "load_s": round(seconds, 1)}
+    row = bench.row(OURS, precision, True, run, fetch)
+    row |= {"load_s": round(seconds, 1), "pipeline": bench.pipeline(precision)}
     compiled = [chain for e in runner.loaded._programs.values() for chain in chains(e.program.steps)]
     row["chains"] = len(compiled)
     row["chains_compiled"] = sum(c.compiled_us is not None and c.compiled_us < (c.eager_us or 0) for c in compiled)
@@ -192,9 +202,9 @@ def save(path: Path, table: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def record(path: Path, row: dict[str, Any]) -> None:
-    """Put the row in the place of one of the same name, precision and batch."""
-    key = (row["name"], row["precision"], row["batch"])
-    rows = [old for old in load_rows(path) if (old["name"], old["precision"], old["batch"]) != key]
+    """Put the row in the place of one of the same name, precision, batch and, where it is ours, pipeline."""
+    key = ("name", "precision", "batch", "pipeline")
+    rows = [old for old in load_rows(path) if any(old.get(field) != row.get(field) for field in key)]
     save(path, "anchordetr", sorted([*rows, row], key=lambda r: (r["batch"], r["median_ms"])))
     name = f"batch {row['batch']}  {row['name']} {row['precision']}"
     beside = f", ours beside it {row['ours_beside_ms']} ms" if "ours_beside_ms" in row else ""
@@ -206,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="peers whose name and precision contain this; 'ours' for optframe alone")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--pipeline", default="anchordetr-cuda", help="default: %(default)s")
+    parser.add_argument("--pipeline", help="default: anchordetr-cuda in FP16, anchordetr-tensorrt in TF32 and FP32")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--results", type=Path, help="the JSON file (default: results/<card>.json)")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="where the ONNX files go")
@@ -216,24 +226,29 @@ def main() -> int:
         return 0
     path = arguments.results or results.default_path()
     bench = Bench(arguments.batch, arguments.work, arguments.pipeline)
-    ours, run = measure_ours(bench, "fp16", path)
-    record(path, ours)
     if arguments.only == "ours":
-        tell_budget(bench, run, path)
-        for precision in ("tf32", "fp32"):
-            record(path, measure_ours(bench, precision, path)[0])
+        for precision in PIPELINES:
+            row, run = measure_ours(bench, precision)
+            record(path, row)
+            if precision == "fp16":
+                tell_budget(bench, run, path)
         return 0
     done = {f"{row['name']} {row['precision']}" for row in load_rows(path) if row["batch"] == arguments.batch}
     wanted = [name for name in peers.PEERS if not arguments.only or arguments.only in name]
+    ours: dict[str, Callable[[], Any]] = {}
     for name in wanted:
         if name in done and not arguments.again:
             continue
+        peer = peers.PEERS[name]
+        if peer.precision not in ours:
+            row, ours[peer.precision] = measure_ours(bench, peer.precision)
+            record(path, row)
         try:
-            row = measure_peer(bench, peers.PEERS[name])
+            row = measure_peer(bench, peer)
         except Exception:  # a peer that does not run here is a finding; the others are still to be measured
             print(f"{name} does not run:\n{traceback.format_exc(limit=-3)}", flush=True)
             continue
-        record(path, {**row, "ours_beside_ms": round(timed(run)[0], 3)})
+        record(path, {**row, "ours_beside_ms": round(timed(ours[peer.precision])[0], 3)})
         torch.cuda.empty_cache()
     return 0
 
