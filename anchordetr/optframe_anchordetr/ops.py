@@ -61,7 +61,7 @@ RCDA = OpSpec(
         OpParameter("column_mask", ("bool",), optional=True),
     ),
     outputs=(OpParameter("out"),),
-    attributes={"num_heads": OpAttribute("int")},
+    attributes={"num_heads": OpAttribute("int"), "allow_tf32": OpAttribute("int", 0)},
     function="optframe_anchordetr.ops:rcda_function",
     shape_rule="optframe_anchordetr.ops:rcda_shapes",
     kernel=kernels.RCDA,
@@ -80,7 +80,7 @@ def layer_norm_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         InputError: `opset` is below `MINIMUM_OPSET`.
     """
     body = ["x32 = Cast <to: int = 1> (x)", *_normalization(opset, dtypes), "y = CastLike (y32, x)"]
-    return _function(LAYER_NORM, opset, dtypes, body, "<epsilon: float = 1e-5>")
+    return _function(LAYER_NORM, opset, dtypes, body)
 
 
 def skip_layer_norm_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
@@ -98,7 +98,7 @@ def skip_layer_norm_function(opset: int, dtypes: Mapping[str, str]) -> ir.Functi
         *_normalization(opset, dtypes),
         "y = CastLike (y32, x)",
     ]
-    return _function(SKIP_LAYER_NORM, opset, dtypes, body, "<epsilon: float = 1e-5>")
+    return _function(SKIP_LAYER_NORM, opset, dtypes, body)
 
 
 def _normalization(opset: int, dtypes: Mapping[str, str]) -> list[str]:
@@ -137,6 +137,7 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
     queries come scaled. Wang et al., "Anchor DETR", arXiv:2109.07107, section 3.3. The row sum comes first, as a matrix
     product with (y, channel) as columns: of eight formulations the fastest in onnxruntime on the CPU. The keys alone
     say how many images, rows and columns there are; queries and value may have any axes in front of their channels.
+    allow_tf32, a permission to kernels, changes nothing here.
 
     Raises:
         InputError: `opset` is below `MINIMUM_OPSET`.
@@ -179,7 +180,7 @@ def rcda_function(opset: int, dtypes: Mapping[str, str]) -> ir.Function:
         "out32 = Reshape <allowzero: int = 1> (turned_back, query_shape)",
         "out = CastLike (out32, q_row)",
     ]
-    return _function(RCDA, opset, dtypes, body, "<num_heads>")
+    return _function(RCDA, opset, dtypes, body)
 
 
 def _attention(axis: str, mask: str | None) -> list[str]:
@@ -207,7 +208,7 @@ def _unsqueezed(result: str, value: str, axes: Sequence[int]) -> list[str]:
     return [constant, f"{result} = Unsqueeze ({value}, {result}_axes)"]
 
 
-def _function(spec: OpSpec, opset: int, dtypes: Mapping[str, str], body: Sequence[str], attributes: str) -> ir.Function:
+def _function(spec: OpSpec, opset: int, dtypes: Mapping[str, str], body: Sequence[str]) -> ir.Function:
     """Return the function of lines `body`; its inputs end with the last one that is present."""
     import onnx.parser
     import onnx_ir as ir
@@ -218,9 +219,11 @@ def _function(spec: OpSpec, opset: int, dtypes: Mapping[str, str], body: Sequenc
     last = max(names.index(name) for name in dtypes)
     inputs = ", ".join(names[: last + 1])
     outputs = ", ".join(parameter.name for parameter in spec.outputs)
+    declared = spec.attributes.items()
+    attributes = ", ".join(n if a.default is None else f"{n}: {a.type} = {a.default}" for n, a in declared)
     header = f'<domain: "{spec.domain}", opset_import: ["" : {opset}]>'
     lines = "\n".join(body)
-    text = f"{header}\n{spec.name} {attributes} ({inputs}) => ({outputs}) {{\n{lines}\n}}"
+    text = f"{header}\n{spec.name} <{attributes}> ({inputs}) => ({outputs}) {{\n{lines}\n}}"
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 

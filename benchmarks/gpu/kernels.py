@@ -30,6 +30,7 @@ LAYERNORM_SIZES = (
     (32768, 4096),
 )
 COLD_SIZES = ((900, 256), (3350, 256))
+RCDA_KINDS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 RCDA_SIZES = ((3350, 50, 67), (900, 50, 67), (7056, 84, 84), (900, 84, 84), (1600, 40, 40))
 
 
@@ -174,45 +175,51 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
 
-def rcda_row(queries: int, height: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Time row-column decoupled attention, the reference's ops, and flash attention over as many keys."""
+def rcda_row(queries: int, height: int, width: int, kind: str) -> dict[str, Any]:
+    """Time row-column decoupled attention, the reference's ops, and flash attention over as many keys.
+
+    `kind` is the dtype, or "tf32": float32 whose factors may be rounded, by our kernel and by the reference's ops.
+    """
     import timing
 
     channels, sets = HEADS * HEAD_SIZE, 8
+    dtype, tf32 = RCDA_KINDS[kind], kind == "tf32"
     shapes = ((queries,), (queries,), (width,), (height,), (height, width))
     scales = (0.5, 0.5, 0.5, 0.5, 1.0)
     inputs = [_random(sets, 1, *shape, channels, dtype=dtype, scale=s) for shape, s in zip(shapes, scales, strict=True)]
     outs = [torch.full((1, queries, channels), torch.nan, device="cuda", dtype=dtype) for _ in range(sets)]
     given = [[tensors[i] for tensors in inputs] for i in range(sets)]
-    ours = Prepared.of_op(RCDA, given[0], [outs[0]], num_heads=HEADS)
+    ours = Prepared.of_op(RCDA, given[0], [outs[0]], num_heads=HEADS, allow_tf32=int(tf32))
     ours(given[0], [outs[0]])
-    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    tolerance = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3, "tf32": 3e-3}[kind]  # TF32 rounds the inputs, too
     require_close(outs[0], rcda_reference(*(t.double() for t in given[0])), tolerance)
     calls: dict[str, Any] = {
         "us": lambda i: ours(given[i], [outs[i]]),
         "reference_us": lambda i: rcda_reference(*given[i]),
     }
-    if dtype != torch.float32:
+    if dtype != torch.float32:  # flash attention has no float32
         q, k, v = (
             [_split_heads(x).contiguous() for x in _random(sets, 1, length, channels, dtype=dtype)]
             for length in (queries, height * width, height * width)
         )
         calls["flash_us"] = lambda i: _flash(q[i], k[i], v[i])
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     times = timing.median_us(calls, sets)
+    torch.backends.cuda.matmul.allow_tf32 = False
     return {
         "queries": queries,
         "height": height,
         "width": width,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": kind,
         **{name: round(times[name], 2) if name in times else None for name in ("us", "reference_us", "flash_us")},
     }
 
 
 def rcda_table() -> list[dict[str, Any]]:
     table = []
-    problems = [(size, dtype) for dtype in (torch.float16, torch.bfloat16) for size in RCDA_SIZES]
-    for size, dtype in [*problems, (RCDA_SIZES[0], torch.float32)]:
-        table.append(rcda_row(*size, dtype))
+    problems = [(size, kind) for kind in ("float16", "bfloat16", "tf32") for size in RCDA_SIZES]
+    for size, kind in [*problems, (RCDA_SIZES[0], "float32")]:
+        table.append(rcda_row(*size, kind))
         row = table[-1]
         flash = f"flash {row['flash_us']:.1f}" if row["flash_us"] else "no flash attention"
         print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -13,6 +13,9 @@ from optframe.types import OpAttribute, OpSpec
 
 FUNCTIONS_IR_VERSION = 8
 """The ONNX IR version that brought model-local functions."""
+
+ALLOW_TF32 = "allow_tf32"
+"""An attribute, int and 0 by default, that an op may declare: 1 lets its kernel round factors in float32 to TF32."""
 
 OVERLOADS_IR_VERSION = 10
 """The ONNX IR version that brought functions of one name with several bodies (onnxruntime reads them from 1.28 on)."""
@@ -144,6 +147,25 @@ def _everywhere(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
+
+
+def write_defaults(node: ir.Node, spec: OpSpec) -> None:
+    """Write out the attributes that a call of the op leaves to their defaults: kernels know none.
+
+    Raises:
+        InputError: an attribute that has no default is missing.
+    """
+    for name, declared in spec.attributes.items():
+        if name not in node.attributes:
+            node.attributes.add(_attribute(spec, name, declared, None))
+
+
+def permit_tf32(model: ir.Model, specs: Iterable[OpSpec]) -> None:
+    """Set `ALLOW_TF32` at every call of the ops that declare it: for backends whose setting `tf32` is on."""
+    able = {(spec.domain, spec.name) for spec in specs if ALLOW_TF32 in spec.attributes}
+    for node in _everywhere(model):
+        if (node.domain, node.op_type) in able:
+            node.attributes.add(ir.AttrInt64(ALLOW_TF32, 1))
 
 
 def strip_functions(model: ir.Model, identifiers: Collection[str]) -> int:

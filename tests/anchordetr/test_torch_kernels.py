@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
 import pytest
 import torch
 
+from optframe import ops
+from optframe.backends.torch import backend, kernels
+from optframe.backends.torch.backend import TorchSettings
 from optframe.backends.torch.kernels import KernelCall
+from optframe.backends.torch.registry import Call, OpNode
 from optframe.errors import InputError
+from optframe.types import OpSpec
 from optframe_anchordetr.ops import LAYER_NORM, RCDA
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -30,6 +38,27 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     shapes = ((1, 9, 64), (1, 9, 64), (1, 7, 64), (1, 6, 64), (1, 6, 7, 64))
     with pytest.raises(InputError, match="num_heads"):
         KernelCall(RCDA, {"num_heads": 3})(*(torch.zeros(shape, device="cuda") for shape in shapes))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_kernels_round_to_tf32_where_the_backend_may(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    asked = []
+
+    def plugin_calls(specs: Mapping[str, OpSpec]) -> dict[str, Callable[[OpNode], Call]]:
+        def build(node: OpNode) -> Call:
+            asked.append(node.attributes)
+            return KernelCall(RCDA, node.attributes)
+
+        return dict.fromkeys(specs, build)
+
+    monkeypatch.setattr(kernels, "plugin_calls", plugin_calls)
+    shapes = {"q_row": (1, 9, 64), "q_col": (1, 9, 64), "k_row": (1, 7, 64), "k_col": (1, 6, 64), "v": (1, 6, 7, 64)}
+    inputs = [ir.val(name, ir.DataType.FLOAT, shape) for name, shape in shapes.items()]
+    model = ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}, name="g"), ir_version=10)
+    model.graph.append(ops.call(model, RCDA, inputs, {"num_heads": 2}))
+    model.graph.outputs.extend(model.graph[0].outputs)
+    backend._prepare(model, "cuda", TorchSettings(tf32=tf32))
+    assert asked == [{"num_heads": 2, "allow_tf32": int(tf32)}]
 
 
 @pytest.mark.gpu

@@ -79,6 +79,7 @@ def rcda(
     row_mask: Array | None = None,
     column_mask: Array | None = None,
     num_heads: int = 1,
+    allow_tf32: int = 0,
 ) -> list[Array]:
     row, column = attention(q_row, k_row, row_mask, num_heads), attention(q_col, k_col, column_mask, num_heads)
     values = v.reshape(*v.shape[:3], num_heads, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -110,6 +111,33 @@ def test_defaults_are_written_to_the_node_and_absent_inputs_dropped() -> None:
     node = ops.call(model, SHIFT, [x, None])
     assert node.attributes["amount"].as_float() == 1.0
     assert list(node.inputs) == [x]
+
+
+def test_defaults_are_written_to_a_node_of_a_file() -> None:
+    (node,) = chain([tensor("x")]).graph
+    node.attributes.clear()
+    ops.write_defaults(node, SHIFT)
+    assert node.attributes["amount"].as_float() == 1.0
+    node.attributes.add(ir.AttrFloat32("amount", 3.0))
+    ops.write_defaults(node, SHIFT)
+    assert node.attributes["amount"].as_float() == 3.0
+    node.attributes.clear()
+    with pytest.raises(InputError, match="needs its attribute 'amount'"):
+        ops.write_defaults(node, dataclasses.replace(SHIFT, attributes={"amount": OpAttribute("float")}))
+
+
+def test_tf32_is_permitted_where_an_op_declares_it() -> None:
+    declaring = dataclasses.replace(SHIFT, attributes={**SHIFT.attributes, ops.ALLOW_TF32: OpAttribute("int", 0)})
+    for spec, permitted in ((declaring, True), (SHIFT, False)):
+        model = chain([tensor("x")])
+        inside = ir.node("Shift", [tensor("inside")], domain="test.ops")
+        body = ir.Graph(list(inside.inputs), inside.outputs, nodes=[inside], opset_imports={"": 18}, name="outer")
+        function = ir.Function("test.ops", "Outer", "", graph=body, attributes=[])
+        model.functions[function.identifier()] = function
+        ops.permit_tf32(model, [spec])
+        for node in (model.graph[0], inside):
+            assert (ops.ALLOW_TF32 in node.attributes) == permitted
+            assert not permitted or node.attributes[ops.ALLOW_TF32].as_int() == 1
 
 
 @pytest.mark.parametrize(

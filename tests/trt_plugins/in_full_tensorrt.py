@@ -143,7 +143,7 @@ class Network:
     """A plugin in a network, from its creator to its kernel: the calls that TensorRT makes, in their order."""
 
     def __init__(self, flavour: flavours.Flavour, spec: OpSpec, inputs: Inputs, attributes: Mapping[str, Any]) -> None:
-        self.spec, self.inputs, self.attributes = spec, inputs, attributes
+        self.spec, self.inputs = spec, inputs
         self.points = [{name: sizes[i] for name, sizes in SIZES.items()} for i in range(3)]
         self.builder = Builder()
         self.shapes = [[self._expression(size) for size in shape] for shape, _ in inputs.values()]
@@ -151,6 +151,7 @@ class Network:
         self.registration = aot.register(flavour, [spec], ["sm89"], model)
         assert calls.prepare(model, [spec], aot=True) == 1
         self.node = model.graph[0]
+        self.attributes = {name: self.node.attributes[name].value for name in spec.attributes}
         self.plugin = self._create()
 
     def _expression(self, size: int | str) -> Expression:

@@ -21,7 +21,7 @@ from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.passes import PASS_KEY
 from optframe.stages import RunRequest
 from optframe.types import OpSpec, Precision
-from optframe_anchordetr.ops import LAYER_NORM
+from optframe_anchordetr.ops import LAYER_NORM, RCDA
 from optframe_trt import backend, flavours, nvrtc
 from optframe_trt.backend import TensorRTBackend, TensorRTRTXBackend
 
@@ -154,6 +154,24 @@ def test_a_plugin_is_inside_with_its_ptx(tmp_path: Path, kind: ir.DataType, prec
     assert engines.find(engine.path) == Engine(engine.path, "tensorrt-rtx", precision, "cuda")
     assert written["layers"]["encoder.linear"] == ["encoder.linear"]
     assert written["origins"][NODE]["op"] == LAYER_NORM.identifier
+
+
+@needs_rtx
+@pytest.mark.parametrize("tf32", [False, True])
+def test_plugins_round_to_tf32_where_the_engine_may(tmp_path: Path, tf32: bool) -> None:
+    shapes = {"q_row": (1, 9, 64), "q_col": (1, 9, 64), "k_row": (1, 7, 64), "k_col": (1, 6, 64), "v": (1, 6, 7, 64)}
+    inputs = [ir.val(name, ir.DataType.FLOAT, shape) for name, shape in shapes.items()]
+    graph_ = ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}, name="g")
+    model = ir.Model(graph_, ir_version=10)
+    attention = ops.call(model, RCDA, inputs, {"num_heads": 2})
+    graph_.append(attention)
+    out = attention.outputs[0]
+    out.name, out.dtype, out.shape = "out", ir.DataType.FLOAT, ir.Shape((1, 9, 64))
+    graph_.outputs.append(out)
+    engine = build(tmp_path, model, known={RCDA.identifier: RCDA}, tf32=str(tf32).lower())
+    data = engine.path.read_bytes()
+    assert b".entry rcda(" in data
+    assert (b"f32.tf32.tf32.f32" in data) == tf32
 
 
 @needs_rtx
@@ -407,8 +425,16 @@ def test_an_option_that_no_backend_takes_is_refused(tmp_path: Path) -> None:
 def _workers(caller: int) -> list[Path]:
     """Return the processes of the worker that `caller` has, as folders of /proc, once they have loaded TensorRT."""
     children = [Path("/proc", pid) for pid in Path(f"/proc/{caller}/task/{caller}/children").read_text().split()]
-    ours = [child for child in children if "optframe_trt.worker" in (child / "cmdline").read_text()]
-    return [child for child in ours if "libtensorrt" in (child / "maps").read_text()]
+    ours = [child for child in children if _says(child / "cmdline", "optframe_trt.worker")]
+    return [child for child in ours if _says(child / "maps", "libtensorrt")]
+
+
+def _says(file: Path, word: str) -> bool:
+    """Whether the file of a process, which may end at any time, has the word."""
+    try:
+        return word in file.read_text()
+    except OSError:
+        return False
 
 
 @needs_rtx

@@ -52,6 +52,13 @@ def test_present_inputs_are_told(scale: bool, bias: bool, attribute: str | None,
     assert node.attributes["aot"].as_int() == 1
 
 
+def test_attributes_are_written_out() -> None:
+    prepared = model(scale=True, bias=True)
+    prepared.graph[0].attributes.clear()
+    calls.prepare(prepared, [SKIP_LAYER_NORM])
+    assert prepared.graph[0].attributes["epsilon"].as_float() == pytest.approx(1e-5)
+
+
 def test_outputs_names_and_functions() -> None:
     prepared = model(scale=True, bias=True, outputs=1)
     assert len(prepared.functions) == 2

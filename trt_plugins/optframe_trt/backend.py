@@ -101,6 +101,8 @@ class TensorRTBackend:
         profiles = resolve(settings.profile, input_dims(loaded))
         plugins = _plugin_ops(loaded, settings.plugins, options.ops)
         aot = settings.aot and flavour.can.aot_plugins
+        if settings.tf32:
+            ops.permit_tf32(loaded, plugins)
         prepare(loaded, plugins, aot=aot)
         engine = Engine(folder / ENGINE_FILE, self.name, options.precision, "cuda")
         with tempfile.TemporaryDirectory(prefix="optframe-") as scratch, files.replacing(engine.path) as built:

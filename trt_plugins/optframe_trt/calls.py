@@ -51,12 +51,12 @@ def prepare(model: ir.Model, specs: Sequence[OpSpec], *, aot: bool = False) -> i
     """Make every call of the ops a call of their plugins, in place; return how many there were.
 
     The ops' functions go, which the parser would inline; other functions are inlined, since they may call the ops. A
-    node gets a name, and all outputs of its op; absent inputs are dropped, since the parser takes none, and the rest is
-    named in an attribute where the order does not tell. With `aot` the calls are of the plugins that
+    node gets a name, and all attributes and outputs of its op; absent inputs are dropped, since the parser takes none,
+    and the rest is named in an attribute where the order does not tell. With `aot` the calls are of the plugins that
     `optframe_trt.aot` registers.
 
     Raises:
-        InputError: a function cannot be inlined, or an attribute is not of the type that its op declares.
+        InputError: a function cannot be inlined, or an attribute is missing or not of the type that its op declares.
     """
     identifiers = {spec.identifier for spec in specs}
     ops.inline_functions(model, keep=identifiers)
@@ -64,6 +64,7 @@ def prepare(model: ir.Model, specs: Sequence[OpSpec], *, aot: bool = False) -> i
     count = 0
     for node, spec in list(calls(model, specs)):
         _check_attributes(node, spec)
+        ops.write_defaults(node, spec)
         present = present_inputs(spec, node)
         _fill_outputs(node, len(spec.outputs))
         _drop_absent_inputs(node)

@@ -32,6 +32,9 @@ _MANY_QUERIES, _FEW_QUERIES = 16, 8
 _MOST_GROUPS = 24
 """Groups of 8 columns, times tiles, whose row weights a warp's registers hold without spilling: 192 columns."""
 
+_FACTOR_BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
+"""What tensor cores multiply, and the bytes that it takes in memory."""
+
 
 @dataclass(frozen=True)
 class RCDASizes:
@@ -52,16 +55,17 @@ def rcda_launch(
 
     Inputs q_row (N, L, C), q_col (N, L, C), both projected and scaled, k_row (N, w, C), k_col (N, h, C),
     v (N, h, w, C), optional row mask (N, w) and column mask (N, h), bool, true where padded (None or left out where
-    absent). Output like q_row. Queries and value may have other axes in front of C that hold as many rows. Attribute
-    num_heads. One dtype for all but the masks. A_row and A_col are softmaxes over w and h; one whose keys are all
-    masked gives NaN. Heads of 32 channels in float16 or bfloat16 use tensor cores with float32 accumulation, as far as
-    registers and shared memory reach; all else float32 arithmetic.
+    absent). Output like q_row. Queries and value may have other axes in front of C that hold as many rows. Attributes
+    num_heads, and allow_tf32: whether factors in float32 may be rounded to TF32. One dtype for all but the masks. A_row
+    and A_col are softmaxes over w and h; one whose keys are all masked gives NaN. Heads of 32 channels in float16,
+    bfloat16 or TF32 use tensor cores with float32 accumulation, as far as registers and shared memory reach; all else
+    float32 arithmetic.
 
     Raises:
         InputError: shapes, dtypes or num_heads do not fit, or h + w is beyond the kernel.
     """
     sizes, common = _checked(inputs, outputs, attributes)
-    path = _tensor_cores(sizes, outputs[0].dtype) or _general(sizes)
+    path = _tensor_cores(sizes, _factors(outputs[0].dtype, attributes)) or _general(sizes)
     return path.launch(sizes, (*common, *path.defines()))
 
 
@@ -77,7 +81,7 @@ def rcda_reuse(
         InputError: the call does not fit the op or this kernel.
     """
     sizes, common = _checked(inputs, outputs, attributes)
-    path = _path_of(dict(defines), outputs[0].dtype)
+    path = _path_of(dict(defines), _factors(outputs[0].dtype, attributes))
     require((*common, *path.defines()) == defines, f"{_OP}: the kernel is one for other tensors or heads")
     require(path.fits(sizes), f"{_OP}: {sizes.height} x {sizes.width} is too large for this kernel")
     return path.launch(sizes, defines)
@@ -153,6 +157,13 @@ def _checked(
     return sizes, _texts(defines)
 
 
+def _factors(dtype: str, attributes: Mapping[str, object]) -> str | None:
+    """Return what tensor cores may multiply for tensors of this dtype; None where they may not."""
+    allowed = attributes.get("allow_tf32", 0)
+    require(allowed in (0, 1), f"{_OP}: allow_tf32 is {allowed!r}, but must be 0 or 1")
+    return dtype if dtype != "float32" else "tf32" if allowed else None
+
+
 def _texts(defines: Mapping[str, object]) -> Defines:
     return tuple((name, str(value)) for name, value in defines.items())
 
@@ -178,7 +189,7 @@ class _TensorCores:
     tiles: int
     stages: int
     groups: int
-    bfloat16: bool
+    factors: str
     warps: int = 4
 
     @property
@@ -187,7 +198,10 @@ class _TensorCores:
 
     def shared_bytes(self, height: int) -> int:
         """Rows of V, column keys and column weights, those padded against bank conflicts."""
-        return self.stages * self.groups * 8 * 64 + cdiv(height, 8) * 8 * (64 + (self.queries // 2 + 4) * 4)
+        head_bytes = 32 * _FACTOR_BYTES[self.factors]
+        return self.stages * self.groups * 8 * head_bytes + cdiv(height, 8) * 8 * (
+            head_bytes + (self.queries // 2 + 4) * 4
+        )
 
     def fits(self, sizes: RCDASizes) -> bool:
         registers = cdiv(sizes.width, 8) <= self.groups and self.groups * self.tiles <= _MOST_GROUPS
@@ -197,7 +211,8 @@ class _TensorCores:
         return _texts(
             {
                 "RCDA_TENSOR_CORES": 1,
-                "RCDA_BFLOAT16": int(self.bfloat16),
+                "RCDA_BFLOAT16": int(self.factors == "bfloat16"),
+                "RCDA_TF32": int(self.factors == "tf32"),
                 "RCDA_WARPS": self.warps,
                 "RCDA_TILES": self.tiles,
                 "RCDA_STAGES": self.stages,
@@ -234,14 +249,17 @@ def _query_bytes(sizes: RCDASizes) -> int:
     return (sizes.height + sizes.width) * 4
 
 
-def _tensor_cores(sizes: RCDASizes, dtype: str) -> _TensorCores | None:
-    """Return the first path that registers and shared memory hold, of those measured best on an H200; None if none."""
-    if dtype == "float32" or sizes.head_size != 32:
+def _tensor_cores(sizes: RCDASizes, factors: str | None) -> _TensorCores | None:
+    """Return the first path that registers and shared memory hold, of those measured best on an H200; None if none.
+
+    They were measured with 16-bit factors.
+    """
+    if factors is None or sizes.head_size != 32:
         return None
     large_blocks = cdiv(sizes.queries, 128) * sizes.heads * sizes.images
     for tiles in (2, 1) if large_blocks >= _ENOUGH_BLOCKS else (1,):
         for stages in (3, 2):
-            path = _TensorCores(tiles, stages, cdiv(sizes.width, 8), dtype == "bfloat16")
+            path = _TensorCores(tiles, stages, cdiv(sizes.width, 8), factors)
             if path.fits(sizes):
                 return path
     return None
@@ -255,16 +273,16 @@ def _general(sizes: RCDASizes) -> _General:
     return _General(min(4, SHARED_BYTES // (queries * _query_bytes(sizes))), queries)
 
 
-def _path_of(defines: Mapping[str, str], dtype: str) -> _Path:
-    """Return the path that a kernel with these defines takes."""
+def _path_of(defines: Mapping[str, str], factors: str | None) -> _Path:
+    """Return the path that a kernel with these defines takes, if it multiplies such factors."""
 
     def number(name: str) -> int:
         return int(defines.get(name, "0"))
 
-    if number("RCDA_TENSOR_CORES"):
+    if number("RCDA_TENSOR_CORES") and factors is not None:
         names = ("RCDA_TILES", "RCDA_STAGES", "RCDA_WIDTH_GROUPS")
         tiles, stages, groups = map(number, names)
-        return _TensorCores(tiles, stages, groups, dtype == "bfloat16", number("RCDA_WARPS"))
+        return _TensorCores(tiles, stages, groups, factors, number("RCDA_WARPS"))
     return _General(number("RCDA_WARPS"), number("RCDA_QUERIES"))
 
 

@@ -16,7 +16,7 @@ from optframe.backends.inputs import ModelInput
 from optframe.backends.onnxruntime import check_precision
 from optframe.backends.settings import load_settings, parse_settings, save_settings
 from optframe.errors import EnvironmentLacks, InputError, unknown_name
-from optframe.ops import inline_functions
+from optframe.ops import inline_functions, permit_tf32
 from optframe.registry import default_registry
 
 if TYPE_CHECKING:
@@ -132,7 +132,10 @@ def _prepare(model: ir.Model, device: str, settings: TorchSettings) -> Body:
     plugins = {}
     if device == "cuda" and settings.kernels:
         called = {f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes()}
-        plugins = plugin_calls({name: spec for name, spec in default_registry().ops().items() if name in called})
+        specs = {name: spec for name, spec in default_registry().ops().items() if name in called}
+        plugins = plugin_calls(specs)
+        if settings.tf32:
+            permit_tf32(model, specs.values())
     inline_functions(model, keep=plugins.keys())
     for value in model.graph.inputs:
         torch_dtype(value.dtype, f"input '{value.name}'")
