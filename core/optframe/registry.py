@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from optframe.commands import BUILTIN_COMMANDS
 from optframe.errors import InputError, PluginError, describe, unknown_name
 from optframe.host import PLUGIN_ERRORS, Contribution, PluginHost, PluginProblem, Spec
-from optframe.pass_options import option_default
-from optframe.passes import GraphPass
+from optframe.pass_options import option_default, option_types
+from optframe.passes import Dialect, GraphPass
 from optframe.types import (
     BackendSpec,
     CalibratorSpec,
@@ -35,6 +35,7 @@ ADAPTER_MEMBERS = (
     "Options",
     *(name for name, value in vars(ModelAdapter).items() if inspect.isfunction(value) and name[0] != "_"),
 )
+CALIBRATOR_MEMBERS = ("name", "threshold")
 BACKEND_MEMBERS = ("missing", "versions", "build", "open")
 OWN_COMMANDS = frozenset(spec.name for spec in BUILTIN_COMMANDS)
 
@@ -150,6 +151,8 @@ class Registry:
     def load_model(self, name: str) -> type[ModelAdapter]:
         """Import and return the adapter class of model `name`."""
         adapter: type[ModelAdapter] = self._load("model", name, ADAPTER_MEMBERS)
+        if not is_dataclass(adapter.Options):
+            raise PluginError(f"{self.what('model', name)}: {adapter.__qualname__}.Options is no dataclass")
         return adapter
 
     def step(self, name: str) -> PassSpec | PipelineSpec:
@@ -166,9 +169,11 @@ class Registry:
         loaded = self._load("pass", name)
         if not (isinstance(loaded, type) and issubclass(loaded, GraphPass)):
             raise PluginError(f"{_what(claim)}: {claim.spec.target} is no subclass of GraphPass")
-        flaw = _pass_flaw(loaded, name)
-        if flaw:
-            raise PluginError(f"{_what(claim)}: {loaded.__qualname__} {flaw}")
+        self._refuse("pass", loaded, name, "has no method run" if inspect.isabstract(loaded) else _pass_flaw(loaded))
+        try:
+            option_types(loaded)
+        except PluginError as error:
+            raise PluginError(f"{claim.blame}: {error}") from error
         return loaded
 
     def pipeline(self, name: str) -> PipelineSpec:
@@ -202,7 +207,9 @@ class Registry:
 
     def load_calibrator(self, name: str) -> Any:
         """Import and return the calibrator class `name`."""
-        return self._load("calibrator", name)
+        loaded = self._load("calibrator", name, CALIBRATOR_MEMBERS)
+        self._refuse("calibrator", loaded, name, None if is_dataclass(loaded) else "is no dataclass")
+        return loaded
 
     def backend(self, name: str) -> BackendSpec:
         """Return the spec of backend `name`."""
@@ -220,8 +227,9 @@ class Registry:
             backend: Backend = factory()
         except PLUGIN_ERRORS as error:
             raise PluginError(f"{_what(claim)}: {factory.__qualname__}() raised {describe(error)}") from error
-        if backend.name != name:
-            raise PluginError(f"{_what(claim)}: {factory.__qualname__}.name is {backend.name!r}")
+        flaw = _name_flaw(backend, name)
+        if flaw:
+            raise PluginError(f"{_what(claim)}: {factory.__qualname__} {flaw}")
         return backend
 
     def command(self, name: str) -> CommandSpec:
@@ -235,6 +243,16 @@ class Registry:
     def load_command(self, name: str) -> Any:
         """Import and return the function, or the `typer.Typer`, of command `name`."""
         return self._load("command", name)
+
+    def what(self, kind: Kind, name: str) -> str:
+        """Return a contribution in words, with plugin, distribution and version, as errors name it."""
+        return _what(self.contribution(kind, name))
+
+    def _refuse(self, kind: Kind, loaded: type[Any], name: str, flaw: str | None) -> None:
+        """Raise PluginError if `loaded` has a `flaw`, another name than `name`, or an option without a default."""
+        flaw = flaw or _name_flaw(loaded, name) or _default_flaw(loaded)
+        if flaw:
+            raise PluginError(f"{self.what(kind, name)}: {loaded.__qualname__} {flaw}")
 
     def _known(self, kind: Kind) -> list[Contribution[Any]]:
         return [claim for claim in self._names[kind].known.values() if kind_of(claim.spec) == kind]
@@ -261,12 +279,30 @@ def _what(claim: Contribution[Any]) -> str:
     return f"{kind_of(claim.spec)} '{identifier(claim.spec)}' of {claim.blame}"
 
 
-def _pass_flaw(cls: type[GraphPass], name: str) -> str | None:
-    """Return what `cls` must have to be pass `name` and has not, or None."""
-    if inspect.isabstract(cls):
-        return "has no method run"
-    if getattr(cls, "name", None) != name:
-        return f"has the name {getattr(cls, 'name', None)!r}, not {name!r}"
+def _pass_flaw(cls: type[GraphPass]) -> str | None:
+    """Return what keeps `cls` from being a pass, or None."""
+    if not _is_classvar_only(cls) and "__dataclass_fields__" not in vars(cls):
+        return "has options, but is no dataclass: decorate it with @dataclass(frozen=True)"
+    if cls.dialect not in get_args(Dialect):
+        return f"has the dialect {cls.dialect!r}, not {' or '.join(map(repr, get_args(Dialect)))}"
+    for attribute in ("after", "before", "domains"):
+        value = getattr(cls, attribute)
+        if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+            return f"has {attribute} = {value!r}, not a tuple of names"
+    return None
+
+
+def _is_classvar_only(cls: type) -> bool:
+    """Return whether no annotation in the body of `cls` makes an option."""
+    return all("ClassVar" in str(kind) for kind in inspect.get_annotations(cls).values())
+
+
+def _name_flaw(owner: object, name: str) -> str | None:
+    own = getattr(owner, "name", None)
+    return None if own == name else f"has the name {own!r}, not {name!r}"
+
+
+def _default_flaw(cls: type[Any]) -> str | None:
     required = [field.name for field in fields(cls) if field.init and option_default(field) is MISSING]
     return f"has options without a default: {', '.join(required)}" if required else None
 

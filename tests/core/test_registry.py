@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +14,7 @@ from optframe.errors import InputError, PluginError
 from optframe.hookspec import hookimpl
 from optframe.host import PluginHost
 from optframe.passes import GraphPass, PassContext, PassResult
-from optframe.registry import Registry, default_registry
+from optframe.registry import ADAPTER_MEMBERS, Registry, default_registry
 from optframe.types import (
     BackendSpec,
     CalibratorSpec,
@@ -92,6 +92,28 @@ class Demanding(Clean):
     size: int
 
 
+class Undecorated(Clean):
+    name: ClassVar[str] = "undecorated"
+    size: int = 3
+
+
+def clean_with(**members: object) -> type[Clean]:
+    """A pass `clean` that has something else as well."""
+    return type("Flawed", (Clean,), members)
+
+
+@dataclass(frozen=True)
+class Sigma:
+    name: ClassVar[str] = "sigma"
+    sigmas: float = 6.0
+
+    def threshold(self, histogram: object) -> float:
+        return self.sigmas
+
+
+OF_SIGMA = {"name": "sigma", "threshold": Sigma.threshold}
+
+
 class Backend:
     name = "mine"
 
@@ -110,6 +132,10 @@ class Misnamed(Backend):
     name = "yours"
 
 
+class Nameless(Backend):
+    name = None  # type: ignore[assignment]
+
+
 class Explosive(Backend):
     def __init__(self) -> None:
         raise OSError("no device node")
@@ -119,7 +145,7 @@ class Explosive(Backend):
 def targets(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module that specs can name as `registry_targets`."""
     module = types.ModuleType(TARGETS)
-    for target in (Clean, Demanding, Backend, Misnamed, Explosive):
+    for target in (Clean, Demanding, Undecorated, Sigma, Backend, Misnamed, Nameless, Explosive):
         setattr(module, target.__name__, target)
     module.number = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, TARGETS, module)
@@ -255,6 +281,7 @@ def test_a_pass_is_loaded(targets: types.ModuleType) -> None:
         ("clean", f"{TARGETS}:number", "is no subclass of GraphPass"),
         ("tidy", f"{TARGETS}:Clean", "Clean has the name 'clean', not 'tidy'"),
         ("demanding", f"{TARGETS}:Demanding", "Demanding has options without a default: _, size"),
+        ("undecorated", f"{TARGETS}:Undecorated", "Undecorated has options, but is no dataclass: decorate it with"),
     ],
 )
 def test_a_pass_that_is_none_is_blamed_on_its_plugin(
@@ -264,6 +291,60 @@ def test_a_pass_that_is_none_is_blamed_on_its_plugin(
         registry_of(Mine(passes=[PassSpec(name, target)])).load_pass(name)
     assert str(caught.value).startswith(f"pass '{name}' of plugin 'mine0' (registered in process): ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"after": "fold-constants"}, "Flawed has after = 'fold-constants', not a tuple of names"),
+        ({"before": ["tidy"]}, "Flawed has before = ['tidy'], not a tuple of names"),
+        ({"domains": "com.acme"}, "Flawed has domains = 'com.acme', not a tuple of names"),
+        ({"dialect": "gs"}, "Flawed has the dialect 'gs', not 'onnx_ir' or 'graphsurgeon'"),
+    ],
+)
+def test_what_a_pass_declares_is_checked(targets: types.ModuleType, members: dict[str, object], said: str) -> None:
+    targets.Flawed = clean_with(**members)  # type: ignore[attr-defined]
+    with pytest.raises(PluginError) as caught:
+        registry_of(Mine(passes=[PassSpec("clean", f"{TARGETS}:Flawed")])).load_pass("clean")
+    assert str(caught.value) == f"pass 'clean' of plugin 'mine0' (registered in process): {said}"
+
+
+def test_an_option_without_text_form_is_blamed_on_its_plugin(targets: types.ModuleType) -> None:
+    flawed = make_dataclass("Flawed", [("table", dict, field(default_factory=dict))], bases=(Clean,), frozen=True)
+    targets.Flawed = flawed  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match=r"plugin 'mine0' \(.*\): pass 'clean': option 'table' is of a type with no"):
+        registry_of(Mine(passes=[PassSpec("clean", f"{TARGETS}:Flawed")])).load_pass("clean")
+
+
+def test_a_calibrator_is_loaded(targets: types.ModuleType) -> None:
+    assert (
+        registry_of(Mine(calibrators=[CalibratorSpec("sigma", f"{TARGETS}:Sigma")])).load_calibrator("sigma") is Sigma
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "flawed", "said"),
+    [
+        ("sigma", type("Flawed", (), {"name": "sigma"}), "Flawed lacks threshold"),
+        ("sigma", type("Flawed", (), OF_SIGMA), "Flawed is no dataclass"),
+        ("rms", type("Flawed", (Sigma,), {}), "Flawed has the name 'sigma', not 'rms'"),
+        ("sigma", make_dataclass("Flawed", [("a", int)], namespace=OF_SIGMA), "has options without a default: a"),
+    ],
+)
+def test_a_calibrator_that_is_none_is_blamed(
+    targets: types.ModuleType, name: str, flawed: type[Any], said: str
+) -> None:
+    targets.Flawed = flawed  # type: ignore[attr-defined]
+    with pytest.raises(PluginError) as caught:
+        registry_of(Mine(calibrators=[CalibratorSpec(name, f"{TARGETS}:Flawed")])).load_calibrator(name)
+    assert str(caught.value).startswith(f"calibrator '{name}' of plugin 'mine0' (registered in process): ")
+    assert str(caught.value).endswith(said)
+
+
+def test_options_of_a_model_are_a_dataclass(targets: types.ModuleType) -> None:
+    targets.Adapter = type("Adapter", (), dict.fromkeys(ADAPTER_MEMBERS, int))  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match=r"model 'net' of plugin 'mine0' \(.*\): Adapter.Options is no dataclass"):
+        registry_of(Mine(models=[ModelSpec("net", f"{TARGETS}:Adapter")])).load_model("net")
 
 
 def test_an_abstract_pass_is_blamed(targets: types.ModuleType) -> None:
@@ -302,7 +383,8 @@ def test_a_backend_is_loaded_as_an_instance(targets: types.ModuleType) -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("Misnamed", "Misnamed.name is 'yours'"),
+        ("Misnamed", "Misnamed has the name 'yours', not 'mine'"),
+        ("Nameless", "Nameless has the name None, not 'mine'"),
         ("Explosive", "Explosive() raised OSError: no device node (test_registry.py:"),
         ("Clean", "lacks missing, versions, build, open"),
     ],
