@@ -29,6 +29,8 @@ from optframe.types import CommandSpec, load_target
 INTERRUPTED = 130
 """What typer returns for a KeyboardInterrupt; `optframe.interrupts` knows the status that it means."""
 
+DEBUG_HINT = "rerun with `optframe --debug ...` for the traceback"
+
 _OWN = {spec.name: spec for spec in BUILTIN_COMMANDS}
 
 
@@ -66,10 +68,15 @@ class LazyGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> None:
-        """Run the command, then tell what plugins got wrong meanwhile."""
+        """Run the command, then tell what plugins got wrong meanwhile; a crash names the plugin at fault."""
         session = _session(ctx)
         try:
             super().invoke(ctx)
+        except Exception as error:
+            culprit = session.culprit(error) if _is_unforeseen(error) else None
+            if culprit is None:
+                raise
+            raise PluginError(f"{culprit.blame} raised {describe(error)}; {DEBUG_HINT}") from error
         finally:
             if session.has_registry:
                 session.warn_of_problems()
@@ -133,23 +140,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(error: Exception, debug: bool) -> int:
     """Print `error` as a user should see it, and return the exit status it means."""
     Session(debug=debug).show_traceback(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and _is_full_disk(error):
         error = EnvironmentLacks(f"cannot write: {error.strerror}; free space")
-    usage_message = getattr(error, "format_message", None)  # typer and click have it, in all versions
     if isinstance(error, OptframeError):
         message, status = str(error), error.exit_status
-    elif usage_message is not None:
-        message, status = _usage_error(error, usage_message()), InputError.exit_status
+    elif _is_usage(error):
+        message, status = _usage_error(error), InputError.exit_status
     else:
-        message = f"{describe(error)}; rerun with `optframe --debug ...` for the traceback"
-        status = OptframeError.exit_status
+        message, status = f"{describe(error)}; {DEBUG_HINT}", OptframeError.exit_status
     typer.secho("error: ", fg=typer.colors.RED, err=True, nl=False)
     typer.echo(message, err=True)
     return status
 
 
-def _usage_error(error: Exception, message: str) -> str:
+def _is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_usage(error: Exception) -> bool:
+    return hasattr(error, "format_message")  # typer's and click's have it, in all versions
+
+
+def _is_unforeseen(error: Exception) -> bool:
+    """Whether `error` has nothing to say to a user, and does not end a command as typer does."""
+    ends = isinstance(error, typer.Exit | typer.Abort)
+    return not (ends or isinstance(error, OptframeError) or _is_usage(error) or _is_full_disk(error))
+
+
+def _usage_error(error: Any) -> str:
     """Return the message in one line, and a second that points to the help of the command in question."""
+    message = error.format_message()
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "optframe"
     text = " ".join(message.split()) or "a command is missing"  # typer has printed the help of the group then

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -135,6 +136,17 @@ class PluginHost:
         if root is None:
             raise PluginError(f"{plugin.blame} is {plugin.state} and has no files")
         return root
+
+    def culprit(self, error: BaseException) -> Plugin | None:
+        """Return the plugin in whose code `error` was raised, or in what that called; None if it was in nobody's.
+
+        It is the one with the innermost frame of the traceback. optframe's own plugins are never it: what they raise,
+        others may have brought about.
+        """
+        plugins = [plugin for plugin in self.plugins if plugin.distribution != PROJECT]
+        roots = [(root, plugin) for plugin in plugins if (root := _source(plugin.target)) is not None]
+        files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return next((plugin for file in reversed(files) for root, plugin in roots if file.is_relative_to(root)), None)
 
     def models(self) -> list[Contribution[ModelSpec]]:
         """Collect `optframe_models`."""

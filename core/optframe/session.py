@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from optframe.host import PluginProblem
+    from optframe.host import Plugin, PluginProblem
     from optframe.registry import Registry
 
 
@@ -72,6 +72,10 @@ class Session:
         for problem in self.take_problems():
             self.show_traceback(problem.error)
             self.warn(str(problem))
+
+    def culprit(self, error: BaseException) -> Plugin | None:
+        """Return the plugin in whose code `error` was raised, None if in nobody's or none was loaded."""
+        return self.quiet_registry.host.culprit(error) if self.has_registry else None
 
     def show_traceback(self, error: BaseException | None) -> None:
         """With --debug, print the traceback of `error`, if there is one, to stderr."""

@@ -152,7 +152,11 @@ def test_without_a_command_the_help_is_shown_and_the_status_is_usage(optframe: C
         (["fail", "1"], CheckFailed.exit_status, "error: this is why\n"),
         (["fail", "2"], InputError.exit_status, "error: this is why\n"),
         (["fail", "3"], EnvironmentLacks.exit_status, "error: this is why\n"),
-        (["crash"], 1, "error: ZeroDivisionError: first line (acme_commands.py:"),
+        (
+            ["crash"],
+            2,
+            "error: plugin 'acme' (acme-commands 1.1) raised ZeroDivisionError: first line (acme_commands.py:",
+        ),
         (["interrupt"], 130, "interrupted\n"),
         (["leave"], 7, ""),
         (["absent"], 2, "error: command 'absent' of plugin 'acme' (acme-commands 1.1): cannot load"),
@@ -186,11 +190,23 @@ def test_a_usage_error_takes_two_lines_and_status_2(
 @pytest.mark.parametrize("arguments", [["--debug", "crash"], ["--debug", "--disable-plugin", "trt", "crash"]])
 def test_debug_shows_the_traceback(acme: None, optframe: Callable[..., Ran], arguments: list[str]) -> None:
     ran = optframe(*arguments)
-    assert ran.status == 1
+    assert ran.status == 2
     assert "Traceback (most recent call last)" in ran.err
     assert 'raise ZeroDivisionError("first line' in ran.err
     assert "Traceback" not in optframe("crash").err
     assert "optframe --debug" in optframe("crash").err
+
+
+def test_an_error_of_optframe_itself_is_laid_to_nobody(
+    acme: None, optframe: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(environment, "describe", crash)
+    ran = optframe("doctor")
+    assert ran.status == 1
+    assert ran.err.startswith("error: ZeroDivisionError: ours (test_cli_basics.py:")
 
 
 # --- commands of plugins

@@ -418,3 +418,31 @@ def test_there_is_no_root_without_files(install_plugin: Install) -> None:
         host.plugin_root("your")
     with pytest.raises(PluginError, match="is disabled and has no files"):
         PluginHost(["core"]).plugin_root("core")
+
+
+# --- errors at run time
+
+
+def raised(call: Callable[[], object]) -> BaseException:
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_the_culprit_is_the_plugin_of_the_innermost_frame(install_plugin: Install) -> None:
+    install_plugin("acme-outer", "1.0", "outer = acme_outer", acme_outer="def call(inner): inner()")
+    install_plugin("acme-inner", "2.0", "inner = acme_inner", acme_inner="import json\ndef parse(): json.loads('{')")
+    host = PluginHost()
+    import acme_inner  # type: ignore[import-not-found]
+    import acme_outer  # type: ignore[import-not-found]
+
+    def culprit(call: Callable[[], object]) -> str:
+        found = host.culprit(raised(call))
+        return found.blame if found else "nobody"
+
+    assert culprit(acme_inner.parse) == "plugin 'inner' (acme-inner 2.0)"
+    assert culprit(lambda: acme_outer.call(acme_inner.parse)) == "plugin 'inner' (acme-inner 2.0)"
+    assert culprit(lambda: acme_outer.call(None)) == "plugin 'outer' (acme-outer 1.0)"
+    assert culprit(lambda: host.plugin_root("no-such")) == "nobody"
