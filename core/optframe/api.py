@@ -126,7 +126,7 @@ def convert_precision(
     if ranges is None:
         if calibration is None:
             raise InputError("int8 needs data to calibrate on: pass calibration=..., a list of inputs or an .npz file")
-        chosen = registry.load_calibrator(calibrator)()
+        chosen = registry.make_calibrator(calibrator)
         ranges = precision.calibrate(loaded, read_inputs(calibration, loaded), chosen)
     elif not isinstance(ranges, precision.Ranges):
         ranges = precision.load_ranges(Path(ranges))

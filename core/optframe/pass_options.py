@@ -1,4 +1,4 @@
-"""Options of a pass as text: a value is read by its field's annotation, and printed so that it reads back the same."""
+"""Options of a pass or calibrator as text: read by each field's annotation, printed so that they read back the same."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Words:
 Written: TypeAlias = Word | Words
 
 
-def option_types(cls: type[GraphPass]) -> Mapping[str, Any]:
-    """Return option name -> annotation of the fields of `cls`.
+def option_types(cls: type[Any]) -> Mapping[str, Any]:
+    """Return option name -> annotation of the fields of `cls`, a dataclass with a `name`.
 
     Raises:
         PluginError: an annotation cannot be resolved, or is of a kind that has no text form.
@@ -49,11 +49,11 @@ def option_types(cls: type[GraphPass]) -> Mapping[str, Any]:
     try:
         hints = typing.get_type_hints(cls)
     except Exception as error:  # a plugin's annotation may name anything
-        raise PluginError(f"pass '{cls.name}': its options' types cannot be resolved ({error})") from error
+        raise PluginError(f"{cls.name}: its options' types cannot be resolved ({error})") from error
     kinds = {field.name: hints[field.name] for field in fields(cls) if field.init}
     for name, kind in kinds.items():
         if not _has_text_form(kind):
-            raise PluginError(f"pass '{cls.name}': option '{name}' is of a type with no text form: {kind}")
+            raise PluginError(f"{cls.name}: option '{name}' is of a type with no text form: {kind}")
     return kinds
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -72,6 +72,17 @@ def show_step(step: GraphPass) -> str:
     return f"{step.name}{{{options}}}" if options else step.name
 
 
+def read_one(text: str, kind: str, load: Callable[[str], type[T]]) -> T:
+    """Return the contribution of `kind`, a word for errors, that `text` describes as a pipeline's does a pass.
+
+    Raises:
+        InputError: `text` is malformed, or gives a bad value; and whatever `load` raises.
+    """
+    scanner = _Scanner(text, kind, f"a {kind}")
+    item = scanner.only_item()
+    return _make(load(item.name.text), item, scanner)
+
+
 def _check_order(names: Sequence[str], steps: Sequence[GraphPass]) -> None:
     first = {name: names.index(name) for name in names}
     for step in steps:
@@ -91,11 +102,11 @@ class _Item:
 
 def _expand(text: str, registry: StepRegistry, chain: tuple[str, ...]) -> Iterator[GraphPass]:
     """Yield the passes of `text`; `chain` are the named pipelines that led here."""
-    scanner = _Scanner(text, chain)
+    scanner = _Scanner(text, f"pipeline '{chain[-1]}'" if chain else "pipeline", "a pass or pipeline")
     for item in scanner.items():
         spec = scanner.located(item.name, partial(registry.step, item.name.text))
         if isinstance(spec, PassSpec):
-            yield _make_pass(registry.load_pass(spec.name), item, scanner)
+            yield _make(registry.load_pass(spec.name), item, scanner)
         elif item.options:
             raise scanner.error(item.options[0][0].column, f"pipeline '{spec.name}' takes no options")
         elif spec.name in chain:
@@ -104,29 +115,31 @@ def _expand(text: str, registry: StepRegistry, chain: tuple[str, ...]) -> Iterat
             yield from _expand(spec.text, registry, (*chain, spec.name))
 
 
-def _make_pass(cls: type[GraphPass], item: _Item, scanner: _Scanner) -> GraphPass:
+def _make(cls: type[T], item: _Item, scanner: _Scanner) -> T:
+    """Return an instance of `cls`, a dataclass with a `name`, with the options of `item`."""
     kinds = option_types(cls)
     options: dict[str, Any] = {}
     for key, written in item.options:
         name = key.text.replace("-", "_")
         if name not in kinds:
-            raise scanner.error(key.column, str(unknown_name(f"option of {cls.name}", key.text, kinds)))
+            raise scanner.error(key.column, str(unknown_name(f"option of {item.name.text}", key.text, kinds)))
         if name in options:
-            raise scanner.error(key.column, f"option '{name}' of {cls.name} is given twice")
+            raise scanner.error(key.column, f"option '{name}' of {item.name.text} is given twice")
         try:
             options[name] = read_value(kinds[name], written)
         except ValueError as error:
-            raise scanner.error(written.column, f"option '{name}' of {cls.name} {error}") from None
+            raise scanner.error(written.column, f"option '{name}' of {item.name.text} {error}") from None
     return scanner.located(item.name, partial(cls, **options))
 
 
 class _Scanner:
-    """Reads the items of one pipeline text, and places errors in it."""
+    """Reads the items of one text, each called `item` in words, and places errors in it: `where` says what it is."""
 
-    def __init__(self, text: str, chain: Collection[str] = ()) -> None:
+    def __init__(self, text: str, where: str, item: str) -> None:
         self.text = text
         self.position = 0
-        self.where = f"pipeline '{list(chain)[-1]}'" if chain else "pipeline"
+        self.where = where
+        self.item = item
 
     def items(self) -> Iterator[_Item]:
         """Yield all items; an empty text has none."""
@@ -139,6 +152,14 @@ class _Scanner:
                 return
             if not self._take(","):
                 raise self.error(self.position + 1, "expected ',' between two passes")
+
+    def only_item(self) -> _Item:
+        """Return the one item there is."""
+        self._skip(BLANKS)
+        item = self._item()
+        if self.position < len(self.text):
+            raise self.error(self.position + 1, f"expected nothing behind {self.item}")
+        return item
 
     def error(self, column: int, message: str) -> InputError:
         """Return the error at `column`, with the text found there."""
@@ -156,7 +177,7 @@ class _Scanner:
             raise self.error(word.column, str(error)) from error
 
     def _item(self) -> _Item:
-        name = self._word(NAME, "the name of a pass or pipeline")
+        name = self._word(NAME, f"the name of {self.item}")
         options: list[tuple[Word, Written]] = []
         opening = self.position + 1
         if self._take("{"):

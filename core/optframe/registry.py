@@ -13,6 +13,7 @@ from optframe.errors import InputError, PluginError, describe, unknown_name
 from optframe.host import PLUGIN_ERRORS, Contribution, PluginHost, PluginProblem, Spec
 from optframe.pass_options import option_default, option_types
 from optframe.passes import Dialect, GraphPass
+from optframe.pipeline import read_one
 from optframe.types import (
     BackendSpec,
     CalibratorSpec,
@@ -27,6 +28,7 @@ from optframe.types import (
 
 if TYPE_CHECKING:
     from optframe.backend import Backend
+    from optframe.precision import Calibrator
 
 SpecT = TypeVar("SpecT", bound=Spec)
 Kind = Literal["model", "pass", "pipeline", "op", "calibrator", "backend", "command"]
@@ -170,10 +172,6 @@ class Registry:
         if not (isinstance(loaded, type) and issubclass(loaded, GraphPass)):
             raise PluginError(f"{_what(claim)}: {claim.spec.target} is no subclass of GraphPass")
         self._refuse("pass", loaded, name, "has no method run" if inspect.isabstract(loaded) else _pass_flaw(loaded))
-        try:
-            option_types(loaded)
-        except PluginError as error:
-            raise PluginError(f"{claim.blame}: {error}") from error
         return loaded
 
     def pipeline(self, name: str) -> PipelineSpec:
@@ -205,11 +203,19 @@ class Registry:
         """Return all calibrators, sorted by name."""
         return [claim.spec for claim in self._known("calibrator")]
 
-    def load_calibrator(self, name: str) -> Any:
-        """Import and return the calibrator class `name`."""
-        loaded = self._load("calibrator", name, CALIBRATOR_MEMBERS)
+    def load_calibrator(self, name: str) -> type[Calibrator]:
+        """Import and return the class of calibrator `name`."""
+        loaded: type[Calibrator] = self._load("calibrator", name, CALIBRATOR_MEMBERS)
         self._refuse("calibrator", loaded, name, None if is_dataclass(loaded) else "is no dataclass")
         return loaded
+
+    def make_calibrator(self, text: str) -> Calibrator:
+        """Return the calibrator that `text` describes, maybe with options: "percentile{percent=99.9}".
+
+        Raises:
+            InputError: no calibrator is called so, or it does not take these options.
+        """
+        return read_one(text, "calibrator", self.load_calibrator)
 
     def backend(self, name: str) -> BackendSpec:
         """Return the spec of backend `name`."""
@@ -249,10 +255,14 @@ class Registry:
         return _what(self.contribution(kind, name))
 
     def _refuse(self, kind: Kind, loaded: type[Any], name: str, flaw: str | None) -> None:
-        """Raise PluginError if `loaded` has a `flaw`, another name than `name`, or an option without a default."""
+        """Raise PluginError if `loaded` has a `flaw`, another name, or an option without a default or a text form."""
         flaw = flaw or _name_flaw(loaded, name) or _default_flaw(loaded)
         if flaw:
             raise PluginError(f"{self.what(kind, name)}: {loaded.__qualname__} {flaw}")
+        try:
+            option_types(loaded)
+        except PluginError as error:
+            raise PluginError(f"{self.contribution(kind, name).blame}: {error}") from error
 
     def _known(self, kind: Kind) -> list[Contribution[Any]]:
         return [claim for claim in self._names[kind].known.values() if kind_of(claim.spec) == kind]

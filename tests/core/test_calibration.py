@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from optframe.errors import InputError
+from optframe.errors import InputError, PluginError
 from optframe.precision import Histogram, Ranges, calibrate, calibration, calibrator_text, hash_feeds, load_ranges
 from optframe.precision.ranges import TensorRange
 from optframe_trt.calibrators import EntropyCalibrator, MinMaxCalibrator, PercentileCalibrator
@@ -123,6 +124,35 @@ def test_a_tensor_that_is_not_finite_is_named(bad: float, place: int, rng: np.ra
     samples[place]["x"][0, 1, 2, 3] = bad
     with pytest.raises(InputError, match=rf"tensor '\w+' has NaN or infinity for calibration sample {place + 1}:"):
         calibrate(build(), samples, MinMaxCalibrator())
+
+
+@dataclass(frozen=True)
+class Saying:
+    """A calibrator that says `threshold` of everything."""
+
+    name: ClassVar[str] = "saying"
+    said: Any = None
+
+    def threshold(self, histogram: Histogram) -> Any:
+        return self.said
+
+
+@pytest.mark.parametrize("said", [None, "3.5", np.nan, np.inf, -1.0, 0.0, np.array([1.0])])
+def test_a_calibrator_that_says_no_magnitude_is_named(said: Any, rng: np.random.Generator) -> None:
+    with pytest.raises(
+        PluginError, match=r"calibrator saying{said=.*}: its threshold of tensor 'x' is .*, not a finite"
+    ):
+        calibrate(build(), [sample(rng)], Saying(said))
+
+
+@pytest.mark.parametrize("said", [2, np.float32(2), np.float64(2)])
+def test_a_threshold_is_any_kind_of_number(said: Any, rng: np.random.Generator) -> None:
+    assert calibrate(build(), [sample(rng)], Saying(said)).tensors["x"].threshold == 2.0
+
+
+def test_zero_is_the_threshold_of_zeros_alone(rng: np.random.Generator) -> None:
+    nothing = {"x": np.zeros((1, 3, 6, 5), np.float32)}
+    assert calibrate(build(), [nothing], Saying(0.0)).tensors["x"].threshold == 0.0
 
 
 def test_a_sample_that_does_not_fit_is_refused(rng: np.random.Generator) -> None:

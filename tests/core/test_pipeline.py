@@ -203,5 +203,5 @@ def test_an_option_without_text_form_blames_the_pass() -> None:
         name: ClassVar[str] = "odd"
         table: dict[str, int] | None = None
 
-    with pytest.raises(PluginError, match="pass 'odd': option 'table'"):
+    with pytest.raises(PluginError, match="odd: option 'table'"):
         Pipeline.parse("odd", FakeRegistry((Odd,), {}))

@@ -312,7 +312,7 @@ def test_what_a_pass_declares_is_checked(targets: types.ModuleType, members: dic
 def test_an_option_without_text_form_is_blamed_on_its_plugin(targets: types.ModuleType) -> None:
     flawed = make_dataclass("Flawed", [("table", dict, field(default_factory=dict))], bases=(Clean,), frozen=True)
     targets.Flawed = flawed  # type: ignore[attr-defined]
-    with pytest.raises(PluginError, match=r"plugin 'mine0' \(.*\): pass 'clean': option 'table' is of a type with no"):
+    with pytest.raises(PluginError, match=r"plugin 'mine0' \(.*\): clean: option 'table' is of a type with no"):
         registry_of(Mine(passes=[PassSpec("clean", f"{TARGETS}:Flawed")])).load_pass("clean")
 
 
@@ -320,6 +320,38 @@ def test_a_calibrator_is_loaded(targets: types.ModuleType) -> None:
     assert (
         registry_of(Mine(calibrators=[CalibratorSpec("sigma", f"{TARGETS}:Sigma")])).load_calibrator("sigma") is Sigma
     )
+
+
+def test_a_calibrator_is_made_with_the_options_of_its_text(targets: types.ModuleType) -> None:
+    registry = registry_of(Mine(calibrators=[CalibratorSpec("sigma", f"{TARGETS}:Sigma")]))
+    assert registry.make_calibrator("sigma") == Sigma()
+    assert (
+        registry.make_calibrator("sigma{sigmas=3}")
+        == registry.make_calibrator(" sigma { sigmas = 3.0 } ")
+        == Sigma(3.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sigm{sigmas=3}", "unknown calibrator 'sigm': did you mean 'sigma'?"),
+        (
+            "sigma{sigma=3}",
+            "calibrator, column 7 (at 'sigma=3}'): unknown option of sigma 'sigma': did you mean 'sigmas'?",
+        ),
+        ("sigma{sigmas=x}", "calibrator, column 14 (at 'x}'): option 'sigmas' of sigma wants a number, not 'x'"),
+        ("sigma,sigma", "calibrator, column 6 (at ',sigma'): expected nothing behind a calibrator"),
+        ("", "calibrator, column 1 (at the end): expected the name of a calibrator"),
+    ],
+)
+def test_a_calibrator_that_is_written_wrongly_is_an_input_error(
+    targets: types.ModuleType, text: str, said: str
+) -> None:
+    registry = registry_of(Mine(calibrators=[CalibratorSpec("sigma", f"{TARGETS}:Sigma")]))
+    with pytest.raises(InputError) as caught:
+        registry.make_calibrator(text)
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(

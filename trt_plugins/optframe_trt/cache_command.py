@@ -27,7 +27,7 @@ def export_cache(
     preprocessing: Annotated[
         str, typer.Option(help="What the model makes of pixels: imagenet, unit, symmetric, bytes.")
     ] = "imagenet",
-    calibrator: Annotated[str, typer.Option(metavar="NAME", help="How ranges are chosen.")] = "entropy",
+    calibrator: Annotated[str, typer.Option(metavar="TEXT", help="How ranges are chosen.")] = "entropy",
     trt_version: Annotated[
         str, typer.Option(metavar="NUMBER", help="TensorRT's; 101303 is 10.13.3.")
     ] = DEFAULT_VERSION,
@@ -47,7 +47,7 @@ def export_cache(
         ranges = precision.calibrate(
             loaded,
             feeds,
-            session.registry.load_calibrator(calibrator)(),
+            session.registry.make_calibrator(calibrator),
             everywhere=True,
             progress=lambda count: status.update(f"calibrate … {count} samples"),
         )

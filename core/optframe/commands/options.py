@@ -52,7 +52,7 @@ Precisions = Annotated[
     str | None,
     _graph("--precision", metavar="LIST", help="Of fp32, fp16, int8; default: all that there is data for."),
 ]
-Calibrator = Annotated[str, _graph("--calibrator", metavar="NAME", help="How INT8 ranges are chosen.")]
+Calibrator = Annotated[str, _graph("--calibrator", metavar="TEXT", help="How INT8 ranges are chosen.")]
 Int8Keep = Annotated[list[str] | None, _graph("--int8-keep", metavar="PATTERN", help="Nodes to leave out of INT8.")]
 Int8Base = Annotated[Literal["fp32", "fp16"], _graph("--int8-base", help="Precision of what stays out of INT8.")]
 CalibrationCache = Annotated[

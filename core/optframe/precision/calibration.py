@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from optframe import feeds as feeds_module
 from optframe import graph
 from optframe.backend import Engine, Runner
 from optframe.backends.onnxruntime import OnnxRuntimeBackend
-from optframe.errors import InputError
+from optframe.errors import InputError, PluginError
 from optframe.precision.calibrator import Calibrator, Histogram, calibrator_text
 from optframe.precision.equalization import CHANNEL_AXIS, channel_groups, equalizable, equalize, factors
 from optframe.precision.nodes import is_constant
@@ -147,11 +148,27 @@ class _Watch:
 
     def ranges(self, calibrator: Calibrator) -> dict[str, TensorRange]:
         """Return threshold and means of each tensor."""
-        thresholds = {name: calibrator.threshold(histogram) for name, histogram in self._histograms.items()}
+        thresholds = {name: _threshold(calibrator, name, histogram) for name, histogram in self._histograms.items()}
         means: dict[str, dict[int, tuple[float, ...]]] = {}
         for (name, axis), mean in self._means.items():
             means.setdefault(name, {})[axis] = mean.result()
         return {name: TensorRange(thresholds.get(name), means.get(name, {})) for name in self.names()}
+
+
+def _threshold(calibrator: Calibrator, name: str, histogram: Histogram) -> float:
+    """Return what `calibrator` says of the tensor `name`, which must be a magnitude; 0 is one of zeros alone.
+
+    Raises:
+        PluginError: it is none.
+    """
+    said = calibrator.threshold(histogram)
+    if not isinstance(said, Real) or not math.isfinite(said) or said < 0 or (said == 0 and histogram.maximum > 0):
+        least = "not below 0" if histogram.maximum == 0 else "above 0"
+        raise PluginError(
+            f"calibrator {calibrator_text(calibrator)}: its threshold of tensor '{name}' is {str(said)[:40]}, "
+            f"not a finite number {least}"
+        )
+    return float(said)
 
 
 def _add(histogram: Histogram, name: str, array: Array, sample: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from optframe import graph, precision
 from optframe.backends.onnxruntime import has_precision
 from optframe.errors import InputError
-from optframe.precision import Sensitivity
+from optframe.precision import Sensitivity, calibrator_text
 from optframe.stages.context import FACTS_FILE, MODEL_FILE, Context, read_json, write_json
 from optframe.types import Precision
 
@@ -105,20 +105,20 @@ class Conversion:
         return precision.load_sensitivity(result.folder / SENSITIVITY_FILE)
 
     def _calibrate(self, model: Path) -> Path:
-        calibrator = self.context.request.calibrator
+        calibrator = self.context.registry.make_calibrator(self.context.request.calibrator)
 
         def action(folder: Path) -> None:
             ranges = precision.calibrate(
                 graph.load(model),
                 self.context.adapter.calibration_feeds(),
-                self.context.registry.load_calibrator(calibrator)(),
+                calibrator,
                 progress=lambda count: self.context.on_work("samples", count),
             )
             ranges.save(folder / RANGES_FILE)
 
         inputs, options = self.context.key("calibration")
-        workers = [self.context.source.worker, self.context.owner("calibrator", calibrator)]
-        options = {"calibrator": calibrator, **options}
+        workers = [self.context.source.worker, self.context.owner("calibrator", calibrator.name)]
+        options = {"calibrator": calibrator_text(calibrator), **options}
         return self.context.runner.run(
             "calibrate", action, inputs={"model": model, **inputs}, options=options, workers=workers
         ).folder

@@ -120,7 +120,7 @@ class Run:
         if "int8" in request.precisions and request.ranges is not None:
             precision.load_ranges(request.ranges)
         elif "int8" in request.precisions:
-            registry.load_calibrator(request.calibrator)
+            registry.make_calibrator(request.calibrator)
             if next(iter(adapter.calibration_feeds()), None) is None:
                 raise InputError("int8 needs data to calibrate on, and there is none: leave int8 out of --precision")
 
