@@ -83,7 +83,10 @@ def test_a_pass_that_does_not_ask_is_found_as_a_whole() -> None:
 
 
 def test_a_pass_that_raises_is_found() -> None:
-    assert bisect(model(), Pipeline((Rename(), Raise(), Rename())), NoExp()) == BisectResult(1, "raise")
+    found = bisect(model(), Pipeline((Rename(), Raise(), Rename())), NoExp())
+    assert found is not None
+    assert (found.index, found.pass_name, found.rewrite) == (1, "raise", None)
+    assert str(found).startswith("pass 2, 'raise', raises ValueError: nothing doing (test_bisect.py:")
 
 
 def test_nothing_to_find() -> None:

@@ -22,20 +22,23 @@ class BisectResult:
     """The first pass after which the check fails: its position in the pipeline, from 0, and its name.
 
     `rewrite` is the first of its rewrites after which the check fails, `number` its position among them, from 1; both
-    are None where the pass does not ask before it rewrites, or fails the check even without its rewrites.
+    are None where the pass does not ask before it rewrites, or fails the check even without its rewrites. `raised` is
+    what the pass raised, empty where it raised nothing.
     """
 
     index: int
     pass_name: str
     rewrite: str | None = None
     number: int | None = None
+    raised: str = ""
 
     def __str__(self) -> str:
         """Return the finding as one line."""
-        where = f"pass {self.index + 1}, '{self.pass_name}'"
+        what = f"raises {self.raised}" if self.raised else "makes the check fail"
+        found = f"pass {self.index + 1}, '{self.pass_name}', {what}"
         if self.rewrite is None:
-            return f"{where}, makes the check fail, whichever of its rewrites it makes"
-        return f"{where}, makes the check fail with its rewrite {self.number}: {self.rewrite}"
+            return f"{found}, whichever of its rewrites it makes"
+        return f"{found} with its rewrite {self.number}: {self.rewrite}"
 
 
 @dataclass(frozen=True)
@@ -92,35 +95,38 @@ def bisect(
         return None
     index = _first_failing(len(models) - 1, lambda count: _is_good(models[count], check)) - 1
     before, step = models[index], pipeline.steps[index]
-    assert before is not None, "only the last of the models can be missing"
+    assert isinstance(before, ir.Model), "only the last of the models can be missing"
     rewrites, number = _first_rewrite(before, step, check, ops or {})
-    return BisectResult(index, step.name, rewrites[number - 1] if number else None, number or None)
+    after = models[index + 1]
+    raised = after if isinstance(after, str) else ""
+    return BisectResult(index, step.name, rewrites[number - 1] if number else None, number or None, raised)
 
 
-def _is_good(model: ir.Model | None, check: Check) -> bool:
-    return model is not None and check(model.clone())
+def _is_good(model: ir.Model | str, check: Check) -> bool:
+    return isinstance(model, ir.Model) and check(model.clone())
 
 
-def _after_each(model: ir.Model, steps: Sequence[GraphPass], ops: Mapping[str, OpSpec]) -> Iterator[ir.Model | None]:
-    """Yield the model after each of `steps`, up to one that raises, which gives None."""
+def _after_each(model: ir.Model, steps: Sequence[GraphPass], ops: Mapping[str, OpSpec]) -> Iterator[ir.Model | str]:
+    """Yield the model after each of `steps`, up to one that raises, which gives what it raised."""
     workpiece = Workpiece(model.clone())
     for step in steps:
-        if _attempt(workpiece, step, ops) is None:
-            yield None
+        ran = _attempt(workpiece, step, ops)
+        if isinstance(ran, str):
+            yield ran
             return
         yield workpiece.model.clone()
 
 
 def _attempt(
     workpiece: Workpiece, step: GraphPass, ops: Mapping[str, OpSpec], allowance: int | None = None
-) -> Ran | None:
-    """Run `step`; return None if it raises anything but an error for the user."""
+) -> Ran | str:
+    """Run `step`; return what it raised in words, if it is anything but an error for the user."""
     try:
         return workpiece.run(step, ops, allowance)
     except OptframeError:
         raise
-    except Exception:  # a pass is foreign code, and that it raises is what we look for
-        return None
+    except Exception as error:  # a pass is foreign code, and that it raises is what we look for
+        return describe(error)
 
 
 def _first_rewrite(
@@ -132,8 +138,8 @@ def _first_rewrite(
     def good(count: int | None) -> bool:
         workpiece = Workpiece(before.clone())
         ran = _attempt(workpiece, step, ops, count)
-        asked[len(asked) :] = ran.allowed[len(asked) :] if ran else ()
-        return ran is not None and check(workpiece.model)
+        asked[len(asked) :] = ran.allowed[len(asked) :] if isinstance(ran, Ran) else ()
+        return isinstance(ran, Ran) and check(workpiece.model)
 
     good(None)
     if not asked or not good(0):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from optframe import graph
+from optframe.errors import OptframeError
 from optframe.passes import Facts, GraphPass, NearMiss, PassContext, PassResult
 from optframe.types import OpSpec
 
@@ -66,7 +67,11 @@ class Workpiece:
         return None
 
     def run(self, step: GraphPass, ops: Mapping[str, OpSpec], allowance: int | None = None) -> Ran:
-        """Run `step`, whatever it raises; it may make `allowance` rewrites, or as many as it likes."""
+        """Run `step`, whatever it raises; it may make `allowance` rewrites, or as many as it likes.
+
+        Raises:
+            OptframeError: the pass did, and is named.
+        """
         started = time.perf_counter()
         made: list[str] = []
 
@@ -79,7 +84,10 @@ class Workpiece:
         facts, self._facts = self._facts, Facts()
         context = PassContext(ops=ops, allow_rewrite=allow, pass_name=step.name, facts=facts)
         self.enter(step)
-        result = step.run(self._view.graph if self._view else self._model, context)
+        try:
+            result = step.run(self._view.graph if self._view else self._model, context)
+        except OptframeError as error:
+            raise type(error)(f"pass '{step.name}': {error}") from error
         if not isinstance(result, PassResult):
             raise TypeError(f"run() returned {type(result).__name__}, not PassResult")
         if not result.modified:
