@@ -6,9 +6,9 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import onnx_ir as ir
 
@@ -22,6 +22,7 @@ from optframe.errors import InputError, unknown_name
 from optframe.gate import OptimizeResult, Verify
 from optframe.latency import Latency
 from optframe.onnx_model import OnnxFileModel, OnnxFileOptions
+from optframe.pass_options import option_default
 from optframe.pipeline import Pipeline
 from optframe.registry import Registry, default_registry
 from optframe.store import Store
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # what not every call needs is imported by those that do
 
 ModelLike = ir.Model | str | os.PathLike[str]
 FeedsLike = Sequence[Feeds] | str | os.PathLike[str] | None
+
+T = TypeVar("T")
 
 
 def load(model: ModelLike) -> ir.Model:
@@ -154,7 +157,7 @@ def build(
         chosen = options or BuildOptions()
         chosen = chosen if chosen.ops else replace(chosen, ops=registry.ops())
         with files.folder_for(target):
-            return registry.load_backend(backend).build(path, target, chosen)
+            return engines.build(registry.load_backend(backend), path, target, chosen)
 
 
 def load_engine(
@@ -170,7 +173,7 @@ def load_engine(
         EnvironmentLacks: a library, a driver or a GPU that it is for is missing.
     """
     engine = engines.find(Path(path), backend, device)
-    return (registry or default_registry()).load_backend(engine.backend).open(engine)
+    return engines.open_runner((registry or default_registry()).load_backend(engine.backend), engine)
 
 
 def compare(
@@ -237,8 +240,8 @@ def run_model(
     """Return the outputs of `model` for each of `samples`."""
     with tempfile.TemporaryDirectory() as scratch:
         engine = build(model, scratch, backend=backend, registry=registry)
-        with (registry or default_registry()).load_backend(backend).open(engine) as runner:
-            return [dict(runner.run(sample)) for sample in samples]
+        chosen = (registry or default_registry()).load_backend(backend)
+        return [dict(outputs) for outputs in engines.run_samples(chosen, engine, samples)]
 
 
 def profile(
@@ -287,7 +290,7 @@ def profile_in_detail(
 
 
 def _profile_engine(engine: Engine, sample: Feeds, registry: Registry) -> tuple[Latency, EngineDetails | None]:
-    with registry.load_backend(engine.backend).open(engine) as runner:
+    with engines.open_runner(registry.load_backend(engine.backend), engine) as runner:
         measured = latency.measure(runner, sample, device=engine.device)
         return measured, runner.details(sample) if isinstance(runner, DetailedRunner) else None
 
@@ -375,26 +378,34 @@ def find_source(model: str | os.PathLike[str], options: Mapping[str, Any], regis
         InputError: there is no such model or file, or the model does not take an option.
     """
     from optframe.stages import Source
+    from optframe.stages.checked_model import CheckedModel
     from optframe.stages.runner import CORE, Worker
 
     name = os.fspath(model)
     if is_file(model):
-        file = OnnxFileModel(OnnxFileOptions(path=Path(name), **_known(OnnxFileOptions, name, options)))
+        file = OnnxFileModel(_make_options(OnnxFileOptions, name, {**options, "path": Path(name)}))
         return Source(Path(name).name, file, CORE)
     claim = registry.contribution("model", name)
     adapter_class = registry.load_model(name)
-    adapter = adapter_class(adapter_class.Options(**_known(adapter_class.Options, name, options)))  # type: ignore[call-arg]
+    adapter = adapter_class(_make_options(adapter_class.Options, name, options))  # type: ignore[call-arg]
     worker = Worker(registry.host.plugin_root(claim.plugin), claim.distribution)
-    return Source(name, adapter, worker)
+    return Source(name, CheckedModel(adapter, registry.what("model", name)), worker)
 
 
-def _known(kind: type[Any], model: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `options` if all are fields of `kind`."""
-    names = [field.name for field in fields(kind)]
+def _make_options(kind: type[T], model: str, options: Mapping[str, Any]) -> T:
+    """Return the options of `model`, which are of `kind`, a dataclass.
+
+    Raises:
+        InputError: one is unknown, or one without a default is missing.
+    """
+    known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     for name in options:
-        if name not in names:
-            raise unknown_name(f"option of model {model}", name, names)
-    return options
+        if name not in known:
+            raise unknown_name(f"option of model {model}", name, known)
+    for name, field in known.items():
+        if name not in options and option_default(field) is MISSING:
+            raise InputError(f"model {model} needs its option '{name}': --model-option {name}=VALUE")
+    return kind(**options)
 
 
 def _publish(result: RunReport, artefacts: Mapping[str, Path], target: Path) -> None:

@@ -1,18 +1,62 @@
-"""Engines on disk: the JSON beside one says whose it is, and what it takes."""
+"""Engines on disk: built and opened by a backend; the JSON beside one says whose it is, and what it takes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from optframe.backend import Engine
-from optframe.errors import InputError
+from optframe.backend import Backend, BuildOptions, Engine, Runner
+from optframe.errors import InputError, PluginError, a_type
+from optframe.types import Feeds, Outputs
 
 ONNX_SUFFIX = ".onnx"
+
+
+def build(backend: Backend, model: Path, folder: Path, options: BuildOptions) -> Engine:
+    """Return the engine that `backend` builds of the ONNX file `model` in `folder`.
+
+    Raises:
+        PluginError: what it returns is no engine in that folder. And whatever the backend raises.
+    """
+    engine: object = backend.build(model, folder, options)
+    if not isinstance(engine, Engine):
+        raise PluginError(f"backend {backend.name}: build() gives {a_type(engine)}, not an Engine")
+    if not engine.path.is_file() or not engine.path.resolve().is_relative_to(folder.resolve()):
+        raise PluginError(f"backend {backend.name}: build() gives an engine that is no file in the folder asked for")
+    return engine
+
+
+def open_runner(backend: Backend, engine: Engine) -> Runner:
+    """Return the runner of `backend` for `engine`.
+
+    Raises:
+        PluginError: what it returns is none. And whatever the backend raises.
+    """
+    runner = backend.open(engine)
+    lacking = [member for member in ("run", "__enter__", "__exit__") if not hasattr(runner, member)]
+    if lacking:
+        raise PluginError(f"backend {backend.name}: open() gives {a_type(runner)}, which lacks {', '.join(lacking)}")
+    return runner
+
+
+def run_samples(backend: Backend, engine: Engine, samples: Sequence[Feeds]) -> list[Outputs]:
+    """Return the outputs of `engine` for each of `samples`.
+
+    Raises:
+        PluginError: a runner of `backend` gives no outputs by name. And whatever the backend raises.
+    """
+    with open_runner(backend, engine) as runner:
+        results: list[Outputs] = [runner.run(sample) for sample in samples]
+    for outputs in results:
+        if not isinstance(outputs, Mapping):
+            raise PluginError(f"backend {backend.name}: run() gives {a_type(outputs)}, not outputs by name")
+        if not outputs:
+            raise PluginError(f"backend {backend.name}: run() gives no outputs")
+    return results
 
 
 def sidecar(engine: Path) -> Path:

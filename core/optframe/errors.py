@@ -44,6 +44,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}': {hint}")
 
 
+def a_type(value: object) -> str:
+    """Return in words of which type a `value` is that should have been something else."""
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
 def describe(error: BaseException) -> str:
     """Return type and first line of any `error`, with the file and line that raised it."""
     text = (str(error).splitlines() or [""])[0]

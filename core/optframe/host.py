@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import pluggy
 
 from optframe import hookspec
-from optframe.errors import PluginError, describe, unknown_name
+from optframe.errors import PluginError, a_type, describe, unknown_name
 from optframe.hookspec import PROJECT
 from optframe.types import BackendSpec, CalibratorSpec, CommandSpec, ModelSpec, OpSpec, PassSpec, PipelineSpec
 
@@ -143,8 +143,9 @@ class PluginHost:
         It is the one with the innermost frame of the traceback. optframe's own plugins are never it: what they raise,
         others may have brought about.
         """
-        plugins = [plugin for plugin in self.plugins if plugin.distribution != PROJECT]
-        roots = [(root, plugin) for plugin in plugins if (root := _source(plugin.target)) is not None]
+        sources = [(_source(plugin.target), plugin) for plugin in self.plugins]
+        own = {_source(hookspec), *(root for root, plugin in sources if plugin.distribution == PROJECT)}
+        roots = [(root, plugin) for root, plugin in sources if root is not None and root not in own]
         files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
         return next((plugin for file in reversed(files) for root, plugin in roots if file.is_relative_to(root)), None)
 
@@ -217,7 +218,7 @@ class PluginHost:
         if isinstance(target, ModuleType):
             self._add(owner, target)
         else:
-            self._fail(owner, f"its entry point '{point.value}' names {_a_type(target)}, not a module")
+            self._fail(owner, f"its entry point '{point.value}' names {a_type(target)}, not a module")
 
     def _fail(self, owner: Owner, message: str, error: BaseException | None = None) -> None:
         self._plugins[owner.plugin] = Plugin(**vars(owner), state="failed")
@@ -267,10 +268,10 @@ class PluginHost:
         try:
             result = impl.function()
             if not isinstance(result, Iterable) or isinstance(result, (str, bytes, Mapping)):
-                self._report(owner, hook, f"returned {_a_type(result)}, not an iterable of {kind.__name__}")
+                self._report(owner, hook, f"returned {a_type(result)}, not an iterable of {kind.__name__}")
                 return
             for position, spec in enumerate(result):
-                flaw = f"is {_a_type(spec)}, not {kind.__name__}" if not isinstance(spec, kind) else _flaw(spec)
+                flaw = f"is {a_type(spec)}, not {kind.__name__}" if not isinstance(spec, kind) else _flaw(spec)
                 if flaw:
                     self._report(owner, hook, f"item {position} {flaw}")
                 else:
@@ -361,7 +362,3 @@ def _flaw(spec: Spec) -> str | None:
     if isinstance(spec, OpSpec) and spec.domain in ("", "ai.onnx"):
         return f"puts the op '{spec.name}' into ONNX's own domain; use a domain of your own"
     return None
-
-
-def _a_type(value: object) -> str:
-    return "None" if value is None else f"an object of type {type(value).__name__}"

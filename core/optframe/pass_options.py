@@ -52,9 +52,18 @@ def option_types(cls: type[Any]) -> Mapping[str, Any]:
         raise PluginError(f"{cls.name}: its options' types cannot be resolved ({error})") from error
     kinds = {field.name: hints[field.name] for field in fields(cls) if field.init}
     for name, kind in kinds.items():
-        if not _has_text_form(kind):
-            raise PluginError(f"{cls.name}: option '{name}' is of a type with no text form: {kind}")
+        require_text_form(cls.name, name, kind)
     return kinds
+
+
+def require_text_form(owner: str, name: str, kind: Any) -> None:
+    """See that the option `name` of `owner`, annotated as `kind`, can be written as text.
+
+    Raises:
+        PluginError: it cannot.
+    """
+    if not _has_text_form(kind):
+        raise PluginError(f"{owner}: option '{name}' is of a type with no text form: {kind}")
 
 
 def option_default(field: Field[Any]) -> Any:

@@ -53,14 +53,14 @@ class Pipeline:
         _check_order([step.name for step in self.steps], self.steps)
 
     @classmethod
-    def parse(cls, text: str, registry: StepRegistry) -> Pipeline:
-        """Return the pipeline that `text` describes, named pipelines expanded.
+    def parse(cls, text: str, registry: StepRegistry, where: str = "pipeline") -> Pipeline:
+        """Return the pipeline that `text` describes, named pipelines expanded; errors say that it stands in `where`.
 
         Raises:
             InputError: `text` is malformed, names something unknown, gives a bad value, or orders passes wrongly.
             PluginError: a pass that it names does not load.
         """
-        return cls(tuple(_expand(text, registry, ())))
+        return cls(tuple(_expand(text, registry, (), where)))
 
     def __str__(self) -> str:
         return ",".join(show_step(step) for step in self.steps)
@@ -100,9 +100,9 @@ class _Item:
     options: tuple[tuple[Word, Written], ...]
 
 
-def _expand(text: str, registry: StepRegistry, chain: tuple[str, ...]) -> Iterator[GraphPass]:
-    """Yield the passes of `text`; `chain` are the named pipelines that led here."""
-    scanner = _Scanner(text, f"pipeline '{chain[-1]}'" if chain else "pipeline", "a pass or pipeline")
+def _expand(text: str, registry: StepRegistry, chain: tuple[str, ...], where: str) -> Iterator[GraphPass]:
+    """Yield the passes of `text`, which stands in `where`; `chain` are the named pipelines that led here."""
+    scanner = _Scanner(text, where, "a pass or pipeline")
     for item in scanner.items():
         spec = scanner.located(item.name, partial(registry.step, item.name.text))
         if isinstance(spec, PassSpec):
@@ -112,7 +112,7 @@ def _expand(text: str, registry: StepRegistry, chain: tuple[str, ...]) -> Iterat
         elif spec.name in chain:
             raise InputError(f"pipelines contain one another: {' -> '.join((*chain, spec.name))}")
         else:
-            yield from _expand(spec.text, registry, (*chain, spec.name))
+            yield from _expand(spec.text, registry, (*chain, spec.name), f"pipeline '{spec.name}'")
 
 
 def _make(cls: type[T], item: _Item, scanner: _Scanner) -> T:

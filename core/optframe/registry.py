@@ -37,8 +37,6 @@ ADAPTER_MEMBERS = (
     "Options",
     *(name for name, value in vars(ModelAdapter).items() if inspect.isfunction(value) and name[0] != "_"),
 )
-CALIBRATOR_MEMBERS = ("name", "threshold")
-BACKEND_MEMBERS = ("missing", "versions", "build", "open")
 OWN_COMMANDS = frozenset(spec.name for spec in BUILTIN_COMMANDS)
 
 KINDS: Mapping[type, Kind] = {
@@ -152,7 +150,7 @@ class Registry:
 
     def load_model(self, name: str) -> type[ModelAdapter]:
         """Import and return the adapter class of model `name`."""
-        adapter: type[ModelAdapter] = self._load("model", name, ADAPTER_MEMBERS)
+        adapter: type[ModelAdapter] = self._load("model", name, ModelAdapter, ADAPTER_MEMBERS)
         if not is_dataclass(adapter.Options):
             raise PluginError(f"{self.what('model', name)}: {adapter.__qualname__}.Options is no dataclass")
         return adapter
@@ -205,7 +203,9 @@ class Registry:
 
     def load_calibrator(self, name: str) -> type[Calibrator]:
         """Import and return the class of calibrator `name`."""
-        loaded: type[Calibrator] = self._load("calibrator", name, CALIBRATOR_MEMBERS)
+        from optframe.precision.calibrator import Calibrator
+
+        loaded: type[Calibrator] = self._load("calibrator", name, Calibrator, ("name", "threshold"))
         self._refuse("calibrator", loaded, name, None if is_dataclass(loaded) else "is no dataclass")
         return loaded
 
@@ -228,7 +228,9 @@ class Registry:
     def load_backend(self, name: str) -> Backend:
         """Import backend `name` and return an instance; it need not work here, see its `missing()`."""
         claim = self.contribution("backend", name)
-        factory = self._load("backend", name, BACKEND_MEMBERS)
+        from optframe.backend import Backend
+
+        factory = self._load("backend", name, Backend, ("missing", "versions", "build", "open"))
         try:
             backend: Backend = factory()
         except PLUGIN_ERRORS as error:
@@ -267,8 +269,8 @@ class Registry:
     def _known(self, kind: Kind) -> list[Contribution[Any]]:
         return [claim for claim in self._names[kind].known.values() if kind_of(claim.spec) == kind]
 
-    def _load(self, kind: Kind, name: str, members: Collection[str] = ()) -> Any:
-        """Import the target of `kind` and `name`, and see that it has `members`."""
+    def _load(self, kind: Kind, name: str, protocol: type[Any] = object, members: Collection[str] = ()) -> Any:
+        """Import the target of `kind` and `name`, and see that it has those `members` of `protocol`."""
         claim = self.contribution(kind, name)
         try:
             target = load_target(claim.spec.target)
@@ -277,6 +279,10 @@ class Registry:
         lacking = [member for member in members if not hasattr(target, member)]
         if lacking:
             raise PluginError(f"{_what(claim)}: {claim.spec.target} lacks {', '.join(lacking)}")
+        for member in members:
+            flaw = _call_flaw(target, protocol, member)
+            if flaw:
+                raise PluginError(f"{_what(claim)}: {claim.spec.target} {flaw}")
         return target
 
 
@@ -289,6 +295,19 @@ def _what(claim: Contribution[Any]) -> str:
     return f"{kind_of(claim.spec)} '{identifier(claim.spec)}' of {claim.blame}"
 
 
+def _call_flaw(cls: type[Any], protocol: type[Any], member: str) -> str | None:
+    """Return why the method `member` of `cls` cannot be called as `protocol` says, None if it can or is no method."""
+    declared, own = vars(protocol).get(member), inspect.getattr_static(cls, member, None)
+    if not inspect.isfunction(declared) or not inspect.isfunction(own):
+        return None
+    wanted, found = inspect.signature(declared).parameters, inspect.signature(own)
+    try:
+        found.bind(*wanted)
+    except TypeError:
+        return f"has {member}({', '.join(found.parameters)}), which is called as {member}({', '.join(wanted)})"
+    return None
+
+
 def _pass_flaw(cls: type[GraphPass]) -> str | None:
     """Return what keeps `cls` from being a pass, or None."""
     if not _is_classvar_only(cls) and "__dataclass_fields__" not in vars(cls):
@@ -299,7 +318,7 @@ def _pass_flaw(cls: type[GraphPass]) -> str | None:
         value = getattr(cls, attribute)
         if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
             return f"has {attribute} = {value!r}, not a tuple of names"
-    return None
+    return _call_flaw(cls, GraphPass, "run")
 
 
 def _is_classvar_only(cls: type) -> bool:

@@ -446,3 +446,5 @@ def test_the_culprit_is_the_plugin_of_the_innermost_frame(install_plugin: Instal
     assert culprit(lambda: acme_outer.call(acme_inner.parse)) == "plugin 'inner' (acme-inner 2.0)"
     assert culprit(lambda: acme_outer.call(None)) == "plugin 'outer' (acme-outer 1.0)"
     assert culprit(lambda: host.plugin_root("no-such")) == "nobody"
+    host.register(host, "ours")  # in process, and of optframe's own code
+    assert culprit(lambda: host.plugin_root("no-such")) == "nobody"

@@ -123,13 +123,26 @@ class Backend:
     def versions(self) -> Mapping[str, str]:
         return {}
 
-    def build(self) -> None: ...
+    def build(self, model: object, folder: object, options: object) -> None: ...
 
-    def open(self) -> None: ...
+    def open(self, engine: object) -> None: ...
 
 
 class Misnamed(Backend):
     name = "yours"
+
+
+class Misshapen(Backend):
+    def build(self, model: object) -> None: ...  # type: ignore[override]
+
+
+class Free(Backend):
+    """Its methods can be called as they are, though written otherwise."""
+
+    def build(self, *arguments: object, **more: object) -> None: ...
+
+    @staticmethod
+    def open(what: object, *, extra: int = 0) -> None: ...  # type: ignore[override]
 
 
 class Nameless(Backend):
@@ -145,7 +158,7 @@ class Explosive(Backend):
 def targets(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module that specs can name as `registry_targets`."""
     module = types.ModuleType(TARGETS)
-    for target in (Clean, Demanding, Undecorated, Sigma, Backend, Misnamed, Nameless, Explosive):
+    for target in (Clean, Demanding, Undecorated, Sigma, Backend, Misnamed, Misshapen, Free, Nameless, Explosive):
         setattr(module, target.__name__, target)
     module.number = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, TARGETS, module)
@@ -299,6 +312,10 @@ def test_a_pass_that_is_none_is_blamed_on_its_plugin(
         ({"after": "fold-constants"}, "Flawed has after = 'fold-constants', not a tuple of names"),
         ({"before": ["tidy"]}, "Flawed has before = ['tidy'], not a tuple of names"),
         ({"domains": "com.acme"}, "Flawed has domains = 'com.acme', not a tuple of names"),
+        (
+            {"run": lambda self, model: None},
+            "Flawed has run(self, model), which is called as run(self, ",
+        ),
         ({"dialect": "gs"}, "Flawed has the dialect 'gs', not 'onnx_ir' or 'graphsurgeon'"),
     ],
 )
@@ -306,7 +323,7 @@ def test_what_a_pass_declares_is_checked(targets: types.ModuleType, members: dic
     targets.Flawed = clean_with(**members)  # type: ignore[attr-defined]
     with pytest.raises(PluginError) as caught:
         registry_of(Mine(passes=[PassSpec("clean", f"{TARGETS}:Flawed")])).load_pass("clean")
-    assert str(caught.value) == f"pass 'clean' of plugin 'mine0' (registered in process): {said}"
+    assert str(caught.value).startswith(f"pass 'clean' of plugin 'mine0' (registered in process): {said}")
 
 
 def test_an_option_without_text_form_is_blamed_on_its_plugin(targets: types.ModuleType) -> None:
@@ -410,6 +427,8 @@ def test_the_blame_names_distribution_and_version_of_an_installed_plugin(install
 def test_a_backend_is_loaded_as_an_instance(targets: types.ModuleType) -> None:
     registry = registry_of(Mine(backends=[BackendSpec("mine", f"{TARGETS}:Backend")]))
     assert isinstance(registry.load_backend("mine"), Backend)
+    registry = registry_of(Mine(backends=[BackendSpec("mine", f"{TARGETS}:Free")]))
+    assert isinstance(registry.load_backend("mine"), Free)
 
 
 @pytest.mark.parametrize(
@@ -417,6 +436,7 @@ def test_a_backend_is_loaded_as_an_instance(targets: types.ModuleType) -> None:
     [
         ("Misnamed", "Misnamed has the name 'yours', not 'mine'"),
         ("Nameless", "Nameless has the name None, not 'mine'"),
+        ("Misshapen", "Misshapen has build(self, model), which is called as build(self, model, folder, options)"),
         ("Explosive", "Explosive() raised OSError: no device node (test_registry.py:"),
         ("Clean", "lacks missing, versions, build, open"),
     ],

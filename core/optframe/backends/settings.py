@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from optframe import files, typed_json
 from optframe.engines import sidecar
 from optframe.errors import InputError, unknown_name
-from optframe.pass_options import Word, read_value
+from optframe.pass_options import Word, read_value, require_text_form
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,6 +28,7 @@ def parse_settings(kind: type[Settings], backend: str, options: Mapping[str, str
 
     Raises:
         InputError: an option is unknown, or its value is not one that it takes.
+        PluginError: an option is of a type that no text can be of.
     """
     hints = typing.get_type_hints(kind)
     kinds = {field.name: hints[field.name] for field in fields(kind)}
@@ -35,6 +36,7 @@ def parse_settings(kind: type[Settings], backend: str, options: Mapping[str, str
     for name, text in options.items():
         if name not in kinds:
             raise unknown_name(f"option of backend {backend}", name, kinds)
+        require_text_form(f"backend {backend}", name, kinds[name])
         try:
             values[name] = read_value(kinds[name], Word(text, quoted=False, column=1))
         except ValueError as error:

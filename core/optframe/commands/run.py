@@ -14,7 +14,7 @@ from optframe import api
 from optframe.commands import options as shared
 from optframe.commands.progress import Progress
 from optframe.errors import CheckFailed, InputError
-from optframe.pass_options import Word, read_value
+from optframe.pass_options import Word, read_value, require_text_form
 from optframe.report import RunReport, summary_lines, summary_table
 from optframe.session import Session
 from optframe.stages import RunRequest
@@ -141,14 +141,15 @@ def _read_model_options(texts: dict[str, str], model: str, registry: Registry) -
     if not texts or api.is_file(model):
         return dict(texts)
     kinds = get_type_hints(registry.load_model(model).Options)
-    return {name: _read(name, kinds[name], text) if name in kinds else text for name, text in texts.items()}
+    return {name: _read(model, name, kinds[name], text) if name in kinds else text for name, text in texts.items()}
 
 
-def _read(name: str, kind: Any, text: str) -> Any:
+def _read(model: str, name: str, kind: Any, text: str) -> Any:
     if Path in (kind, *get_args(kind)):
         return Path(text)
     if get_origin(kind) is tuple:
         return shared.read_shape(text)
+    require_text_form(f"model {model}", name, kind)
     try:
         return read_value(kind, Word(text, quoted=False, column=1))
     except ValueError as error:

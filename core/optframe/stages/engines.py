@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from optframe import accuracy, environment, feeds, flops, graph, latency, typed_json
+from optframe import accuracy, engines, environment, feeds, flops, graph, latency, typed_json
 from optframe.accuracy import Limits, OutputError
 from optframe.backend import (
     Backend,
@@ -19,7 +19,7 @@ from optframe.backend import (
     NamesOptions,
 )
 from optframe.details import DetailedRunner, EngineDetails
-from optframe.errors import EnvironmentLacks, OptframeError, unknown_name
+from optframe.errors import EnvironmentLacks, OptframeError, PluginError, a_type, unknown_name
 from optframe.latency import Latency
 from optframe.report import EngineRun
 from optframe.stages.context import FACTS_FILE, SAMPLES_FILE, Context, read_json, write_json
@@ -63,8 +63,13 @@ class EngineStages:
             InputError: an option is not to be honoured.
         """
         lacking = self.backend.missing()
+        if not isinstance(lacking, str | None):
+            raise PluginError(f"backend {self.name}: missing() gives {a_type(lacking)}, not None or text")
         if lacking:
             raise EnvironmentLacks(f"backend {self.name} does not work here: {lacking}")
+        versions = self.backend.versions()
+        if not isinstance(versions, Mapping):
+            raise PluginError(f"backend {self.name}: versions() gives {a_type(versions)}, not a mapping")
         if isinstance(self.backend, CheckingBackend):
             self.backend.check(self._options("fp32"))
 
@@ -147,8 +152,8 @@ class EngineStages:
 
     def _build(self, model: Path, label: str, options: BuildOptions) -> StageResult:
         def action(folder: Path) -> None:
-            engine = self.backend.build(model, folder, options)
-            facts = asdict(engine) | {"path": engine.path.relative_to(folder).as_posix()}
+            engine = engines.build(self.backend, model, folder, options)
+            facts = asdict(engine) | {"path": engine.path.resolve().relative_to(folder.resolve()).as_posix()}
             write_json(folder / ENGINE_FILE, facts)
 
         return self.context.runner.run(
@@ -183,8 +188,7 @@ class EngineStages:
         """Return the engine's outputs for every real input."""
 
         def action(folder: Path) -> None:
-            with self.backend.open(engine) as runner:
-                samples = [runner.run(feed) for feed in self.context.adapter.feeds()]
+            samples = engines.run_samples(self.backend, engine, self.context.adapter.feeds())
             feeds.save_samples(folder / SAMPLES_FILE, samples)
 
         return feeds.load_samples(self._on_engine("verify", action, built, engine).folder / SAMPLES_FILE)
@@ -192,7 +196,7 @@ class EngineStages:
     def _profile(self, built: StageResult, engine: Engine) -> StageResult:
         def action(folder: Path) -> None:
             feed = self.context.adapter.feeds()[0]
-            with self.backend.open(engine) as runner:
+            with engines.open_runner(self.backend, engine) as runner:
                 measured = latency.measure(runner, feed, device=engine.device)
                 told = runner.details(feed) if isinstance(runner, DetailedRunner) else None
             write_json(folder / FACTS_FILE, asdict(measured))

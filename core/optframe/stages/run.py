@@ -66,10 +66,11 @@ class Run:
     ) -> None:
         """`on_work` is told of "samples" calibrated on and "variants" run for the sensitivity, and how many so far."""
         self.context = Context(source, request, registry, runner, on_work or (lambda what, count: None))
-        text = request.pipeline
+        text, where = request.pipeline, "pipeline"
         if text is None:
             text = wanted_pipeline(source.adapter, registry, request.backends)
-        self.pipeline = Pipeline.parse(text, registry)
+            where = f"the pipeline that {source.name} has for {' and '.join(request.backends) or 'no backend'}"
+        self.pipeline = Pipeline.parse(text, registry, where)
         self.conversion = Conversion(self.context)
         self.engines = [
             EngineStages(self.context, name, registry.load_backend(name), str(self.pipeline))
