@@ -361,4 +361,5 @@ def _flaw(spec: Spec) -> str | None:
         return f"has the name {spec.name!r}; use letters, digits, '-', '_' and '.'"
     if isinstance(spec, OpSpec) and spec.domain in ("", "ai.onnx"):
         return f"puts the op '{spec.name}' into ONNX's own domain; use a domain of your own"
-    return None
+    flaw = spec.flaw() if isinstance(spec, OpSpec) else None
+    return f"declares the op '{spec.name}' wrongly: {flaw}" if flaw else None

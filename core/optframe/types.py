@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from optframe import breadcrumbs
-from optframe.errors import PluginError
+from optframe.errors import OptframeError, PluginError, a_type, describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,21 @@ Feeds: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 
 Outputs: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 """Output name -> array, of one inference."""
+
+DTYPES = frozenset(
+    f"{kind}{size}"
+    for kind, sizes in {
+        "float": (16, 32, 64, "8e4m3fn", "8e4m3fnuz", "8e5m2", "8e5m2fnuz", "8e8m0", "4e2m1"),
+        "bfloat": (16,),
+        "int": (2, 4, 8, 16, 32, 64),
+        "uint": (2, 4, 8, 16, 32, 64),
+        "complex": (64, 128),
+        "bool": ("",),
+        "string": ("",),
+    }.items()
+    for size in sizes
+)
+"""Names of dtypes: NumPy's where it has the type, ONNX's in small letters otherwise."""
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -53,9 +69,30 @@ def load_target(reference: str) -> Any:
 
 
 def _call(role: str, reference: str, *arguments: Any) -> Any:
-    """Call what `reference` names, which is an author's: a crash of the process inside it is told as such."""
+    """Call what `reference` names, which is an author's: a crash of the process inside it is told as such.
+
+    Raises:
+        PluginError: it raised what is no error for the user.
+    """
     with breadcrumbs.running(f"{role} {reference}"):
-        return load_target(reference)(*arguments)
+        target = load_target(reference)
+        try:
+            return target(*arguments)
+        except OptframeError:
+            raise
+        except Exception as error:  # an author's code may raise anything
+            raise PluginError(f"{role} {reference} raised {describe(error)}") from error
+
+
+def _launch(role: str, reference: str, *arguments: Any) -> KernelLaunch:
+    """Call a rule of an author's that returns a launch, and check what it returns."""
+    launch: object = _call(role, reference, *arguments)
+    if not isinstance(launch, KernelLaunch):
+        raise PluginError(f"{role} {reference} gives {str(launch)[:80]}, not a KernelLaunch")
+    flaw = launch.flaw()
+    if flaw:
+        raise PluginError(f"{role} {reference} gives a launch whose {flaw}")
+    return launch
 
 
 @dataclass(frozen=True)
@@ -143,6 +180,28 @@ class KernelLaunch:
     shared_bytes: int = 0
     extras: tuple[int, ...] = ()
 
+    def flaw(self) -> str | None:
+        """Return which field is of another type than declared, and how it is wrong, or None."""
+        for name in ("grid", "block"):
+            value = getattr(self, name)
+            if not _all_integers(value) or len(value) != 3:
+                return f"{name} is {value!r}, not a tuple of three integers"
+        if not _all_integers(self.extras):
+            return f"extras are {self.extras!r}, not a tuple of integers"
+        if not _all_integers((self.shared_bytes,)):
+            return f"shared_bytes are {self.shared_bytes!r}, not an integer"
+        if not isinstance(self.defines, tuple) or not all(map(_is_define, self.defines)):
+            return f"defines are {self.defines!r}, not a tuple of pairs of text"
+        return None if isinstance(self.entry, str) else f"entry is {self.entry!r}, not text"
+
+
+def _all_integers(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(number, Integral) for number in value)
+
+
+def _is_define(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
 
 class LaunchRule(Protocol):
     """Chooses the launch of an op for given tensors; raises InputError for what the kernel cannot do.
@@ -198,13 +257,13 @@ class KernelSpec:
 
     def launch_rule(self) -> LaunchRule:
         """Return the launch rule, which is imported when it is called."""
-        return partial(_call, "launch rule", self.launch)
+        return partial(_launch, "launch rule", self.launch)
 
     def reuse_rule(self) -> ReuseRule | None:
         """Return the rule that launches kernels made for other shapes, None where there is none."""
         if not self.reuse:
             return None
-        return partial(_call, "reuse rule", self.reuse)
+        return partial(_launch, "reuse rule", self.reuse)
 
 
 @dataclass(frozen=True)
@@ -213,6 +272,19 @@ class OpAttribute:
 
     type: Literal["float", "int", "string", "ints", "floats"]
     default: float | int | str | tuple[int, ...] | tuple[float, ...] | None = None
+
+    def flaw(self) -> str | None:
+        """Return which type is unknown, or which default is of another type, or None."""
+        kinds: dict[str, type] = {"float": Real, "floats": Real, "int": Integral, "ints": Integral, "string": str}
+        if self.type not in kinds:
+            return f"the type {self.type!r}, which is none of {', '.join(kinds)}"
+        kind = kinds[self.type]
+        if self.default is None:
+            return None
+        values: object = self.default if self.type in ("ints", "floats") else (self.default,)
+        if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+            return f"the default {self.default!r}, which is no {self.type}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -255,16 +327,57 @@ class OpSpec:
         """`domain::name`, as the registry lists it."""
         return f"{self.domain}::{self.name}"
 
+    def flaw(self) -> str | None:
+        """Return what is declared wrongly, or None."""
+        for what, parameters in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if not isinstance(parameters, tuple) or not all(isinstance(p, OpParameter) for p in parameters):
+                return f"{what} are no tuple of OpParameter"
+            for parameter in parameters:
+                if not isinstance(parameter.dtypes, tuple) or not parameter.dtypes:
+                    return f"the dtypes of '{parameter.name}' are no tuple of names"
+                unknown = [dtype for dtype in parameter.dtypes if dtype not in DTYPES]
+                if unknown:
+                    return (
+                        f"'{parameter.name}' has the dtype {unknown[0]!r}, which is none of {', '.join(sorted(DTYPES))}"
+                    )
+        for name, attribute in self.attributes.items():
+            if not isinstance(attribute, OpAttribute):
+                return f"the attribute '{name}' is {a_type(attribute)}, not an OpAttribute"
+            flaw = attribute.flaw()
+            if flaw:
+                return f"the attribute '{name}' has {flaw}"
+        if self.kernel is not None and not isinstance(self.kernel, KernelSpec):
+            return f"its kernel is {a_type(self.kernel)}, not a KernelSpec"
+        return None
+
     def build_function(self, opset: int, dtypes: Mapping[str, str]) -> ir.Function:
-        """Return the op's meaning as an ONNX function in standard ops of `opset`."""
-        function: ir.Function = _call("function", self.function, opset, dtypes)
+        """Return the op's meaning as an ONNX function in standard ops of `opset`, for the dtypes of present inputs.
+
+        Raises:
+            PluginError: what its author's function gives is no `onnx_ir.Function` of this op, or it fails.
+        """
+        import onnx_ir as ir
+
+        function: object = _call("function", self.function, opset, dtypes)
+        if not isinstance(function, ir.Function):
+            raise PluginError(f"the function of {self.identifier} is {a_type(function)}, not an onnx_ir.Function")
+        if (function.domain, function.name) != (self.domain, self.name):
+            raise PluginError(f"the function of {self.identifier} is called {function.domain}::{function.name}")
+        for what, found, least, most in (
+            ("inputs", len(function.inputs), len(dtypes), len(self.inputs)),
+            ("outputs", len(function.outputs), len(self.outputs), len(self.outputs)),
+        ):
+            if not least <= found <= most:
+                wanted = f"{least}" if least == most else f"{least} to {most}"
+                raise PluginError(f"the function of {self.identifier} has {found} {what}, not {wanted}")
         return function
 
     def infer(self, inputs: Sequence[TensorInfo | None], attributes: Mapping[str, object]) -> tuple[TensorInfo, ...]:
         """Return shapes and dtypes of the outputs; an optional input that is absent is None or left out at the end.
 
         Raises:
-            PluginError: the shape rule does not give one `TensorInfo` for each output. Whatever the rule raises, too.
+            PluginError: the shape rule does not give one `TensorInfo` for each output, or fails.
+            InputError: the rule refuses the inputs.
         """
         infos: tuple[TensorInfo, ...] = _call("shape rule", self.shape_rule, inputs, attributes)
         if not isinstance(infos, tuple) or [type(info) for info in infos] != [TensorInfo] * len(self.outputs):

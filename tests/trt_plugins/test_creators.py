@@ -279,7 +279,8 @@ class TestErrors:
         assert isinstance(error, PluginError)
         assert "IndexError" in str(error)
         assert "test_creators.py" in str(error)
-        assert isinstance(error.__cause__, IndexError)
+        assert error.__cause__ is not None
+        assert isinstance(error.__cause__.__cause__, IndexError)
 
     def test_a_kernel_that_does_not_compile(self, flavour: flavours.Flavour) -> None:
         broken = InlineKernel("made_up:scale.cu", f"{MODULE}:scale_launch", text="this is no C++")

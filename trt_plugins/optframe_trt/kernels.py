@@ -80,14 +80,7 @@ def choose_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object]) ->
     inferred = spec.infer(inputs, attributes)
     if tuple(inferred) != tuple(outputs):
         raise PluginError(f"its shape rule says {texts(inferred)} of {texts(inputs)}, not {texts(outputs)}")
-    return _launch_of("launch rule", kernel_of(spec).launch_rule()(inputs, outputs, attributes))
-
-
-def _launch_of(rule: str, returned: object) -> KernelLaunch:
-    """Return what an author's `rule` returned, once it is known to be a launch."""
-    if not isinstance(returned, KernelLaunch):
-        raise PluginError(f"its {rule} returns {str(returned)[:80]}, not a KernelLaunch")
-    return returned
+    return kernel_of(spec).launch_rule()(inputs, outputs, attributes)
 
 
 def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], kernel: Kernel) -> KernelLaunch:
@@ -103,7 +96,7 @@ def reuse_launch(spec: OpSpec, call: Call, attributes: Mapping[str, object], ker
     launch = choose_launch(spec, call, attributes)
     rule = kernel_of(spec).reuse_rule()
     if rule is not None:
-        launch = _launch_of("reuse rule", rule(*call, attributes, kernel.defines))
+        launch = rule(*call, attributes, kernel.defines)
     if is_same(launch, kernel):
         return launch
     if rule is None:
