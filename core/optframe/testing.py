@@ -23,7 +23,7 @@ import onnx_ir as ir
 from optframe import graph, numerics, ops
 from optframe.backends.onnxruntime import OnnxRuntimeRunner, SessionSettings, create_session
 from optframe.dialect import GraphSurgeonView
-from optframe.errors import InputError
+from optframe.errors import InputError, PluginError
 from optframe.gate.structure import foreign_domains, interface_problem, wiring_problem
 from optframe.graph import ONNX_DOMAINS
 from optframe.host import PluginHost
@@ -32,7 +32,7 @@ from optframe.pipeline import Pipeline
 from optframe.provenance import node_origin
 from optframe.registry import Registry
 from optframe.snapshot import Snapshot
-from optframe.types import Feeds, OpSpec, Outputs, PassSpec, TensorInfo
+from optframe.types import Feeds, OpSpec, Outputs, PassSpec, TensorInfo, load_target
 
 Array = np.ndarray[Any, Any]
 
@@ -84,7 +84,22 @@ def assert_plugin_contract(*plugins: object) -> Registry:
     ):
         for spec in specs:
             load(spec.name)
+    for op in registry.ops().values():
+        _load_op(op)
     return registry
+
+
+def _load_op(spec: OpSpec) -> None:
+    """Import what an op refers to, and read its kernel's source; it is told as the op's where that fails."""
+    kernel = spec.kernel
+    references = [spec.function, spec.shape_rule, *([kernel.launch, kernel.reuse] if kernel else [])]
+    try:
+        for reference in filter(None, references):
+            load_target(reference)
+        if kernel is not None:
+            kernel.read_source()
+    except PluginError as error:
+        raise PluginError(f"op '{spec.identifier}': {error}") from error
 
 
 def assert_pass_contract(

@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import pytest
 
+from optframe.errors import PluginError
 from optframe.hookspec import hookimpl
 from optframe.passes import Dialect, GraphPass, PassContext, PassResult
 from optframe.testing import (
@@ -330,6 +331,35 @@ def test_a_plugin_whose_targets_load_keeps_its_contract(targets: types.ModuleTyp
 def test_a_target_that_does_not_load_is_caught(targets: types.ModuleType) -> None:
     with pytest.raises(Exception, match="cannot load 'testing_targets:DropIdentity'"):
         assert_plugin_contract(Plugin())
+
+
+class WithOp:
+    def __init__(self, **references: str) -> None:
+        kernel = KernelSpec(
+            references.get("source", "optframe:__init__.py"), references.get("launch", HERE_ANY), HERE_ANY
+        )
+        function, shapes = references.get("function", HERE_ANY), references.get("shapes", HERE_ANY)
+        self.spec = OpSpec("Op", "acme", (OpParameter("x"),), (OpParameter("y"),), function, shapes, kernel=kernel)
+
+    @hookimpl
+    def optframe_ops(self) -> list[OpSpec]:
+        return [self.spec]
+
+
+HERE_ANY = "optframe.errors:describe"
+"""A reference to something."""
+
+
+def test_what_an_op_refers_to_is_loaded_too() -> None:
+    assert list(assert_plugin_contract(WithOp()).ops()) == ["acme::Op"]
+    for name, reference, said in (
+        ("function", "optframe.errors:nothing", "cannot load 'optframe.errors:nothing'"),
+        ("shapes", "optframe.errors:nothing", "cannot load 'optframe.errors:nothing'"),
+        ("launch", "optframe.errors:nothing", "cannot load 'optframe.errors:nothing'"),
+        ("source", "optframe:nothing.cu", "cannot read the CUDA source 'optframe:nothing.cu'"),
+    ):
+        with pytest.raises(PluginError, match=rf"^op 'acme::Op': {said}"):
+            assert_plugin_contract(WithOp(**{name: reference}))
 
 
 def test_problems_of_a_plugin_are_caught() -> None:
