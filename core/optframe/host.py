@@ -201,7 +201,7 @@ class PluginHost:
             for point, owner in found
         }
         for unknown in sorted(disabled - named.keys()):
-            raise unknown_name("plugin", unknown, named)
+            raise unknown_name("plugin", unknown, [name for name in named if name.startswith(f"{unknown}@")] or named)
         for name, (point, where) in sorted(named.items()):
             owner = Owner(name, where.distribution, where.version)
             if name in disabled:

@@ -161,6 +161,13 @@ def test_disabling_what_is_not_installed_is_an_error_with_a_suggestion() -> None
         PluginHost(["pases"])
 
 
+def test_disabling_a_name_that_two_distributions_have_tells_theirs(install_plugin: Install) -> None:
+    for distribution in ("acme-one", "acme-two"):
+        install_plugin(distribution, "1.0", "acme = acme_good_passes", acme_good_passes=GOOD)
+    with pytest.raises(InputError, match=r"unknown plugin 'acme': .*acme@acme-one"):
+        PluginHost(["acme"])
+
+
 # --- implementations
 
 
