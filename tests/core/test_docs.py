@@ -1,8 +1,10 @@
 """The documents are true: hooks are listed with their arguments, examples run, named files exist."""
 
+import importlib
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,8 +16,10 @@ import pytest
 from optframe import hookspec, passes
 from optframe.backend import NamesOptions
 from optframe.pipeline import Pipeline
+from optframe.precision import Histogram
 from optframe.registry import default_registry
-from optframe.testing import assert_pass_contract
+from optframe.testing import assert_op_contract, assert_pass_contract, assert_plugin_contract, model_from_text
+from optframe_trt.testing import assert_kernel_contract
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -31,24 +35,63 @@ def test_every_hook_is_documented_with_its_arguments() -> None:
             assert f"`{argument}`" in row, f"{name}: {argument}"
 
 
+FILES = re.compile(r"^```(?:python|c\+\+)\n(?:#|//) my_package/(\S+)\n(.*?)^```", re.S | re.M)
+
+
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The pass of docs/extending.md, as a module that dataclasses can look up."""
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", EXTENDING, re.S) if "GraphPass" in block]
-    module = ModuleType("documented_pass")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(code, "docs/extending.md", "exec"), module.__dict__)
-    return module
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of `my_package`, which has the files that docs/extending.md shows."""
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name, code in FILES.findall(EXTENDING):
+        (package / name).write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        monkeypatch.delitem(sys.modules, name)
+    return lambda name: importlib.import_module(f"my_package.{name}")
 
 
-def test_the_documented_pass_keeps_the_contract(example: ModuleType) -> None:
+def test_the_documented_plugin_keeps_the_contract(example: Callable[[str], ModuleType]) -> None:
+    registry = assert_plugin_contract(example("plugin"))
+    assert [spec.name for spec in registry.passes()] == ["drop-dropout"]
+
+
+def test_the_documented_op_its_kernel_and_its_fusion_keep_their_contracts(
+    example: Callable[[str], ModuleType], seed: int, needs_nvrtc: None
+) -> None:
+    def draw(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"x": rng.standard_normal(rng.integers(1, 9, 3))}
+
+    square = example("square").SQUARE
+    assert square.flaw() is None
+    assert_op_contract(square, draw, lambda x: x * x, seed=seed)
+    assert_kernel_contract(square, draw, lambda x: x * x, seed=seed, empty=lambda _: {"x": np.zeros((2, 0))})
+    model = model_from_text("g (float[2,3] x) => (float[2,3] y) { a = Neg(x) y = Mul(a, a) }")
+    next(iter(model.graph)).outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    feeds = [{"x": np.array([[-1, 2, 0], [3, -4, 5]], np.float32)}]
+    assert assert_pass_contract(example("fuse_square").FuseSquare(), model, feeds, ops=[square]).rewrites == 1
+
+
+def test_the_documented_calibrator_gives_thresholds(example: Callable[[str], ModuleType]) -> None:
+    histogram = Histogram()
+    assert example("calibrators").Sigma().threshold(histogram) == 0.0
+    histogram.add(np.array([3.0, -4.0, 0.0], np.float32))
+    root = np.sqrt(25 / 3)
+    assert example("calibrators").Sigma(sigmas=1).threshold(histogram) == pytest.approx(root, rel=1e-3)  # of a bin
+    assert example("calibrators").Sigma().threshold(histogram) == 4.0
+
+
+def test_the_documented_pass_keeps_the_contract(example: Callable[[str], ModuleType]) -> None:
     model = ir.from_proto(
         onnx.parser.parse_model(
             """<ir_version: 10, opset_import: ["" : 18]>
             g (float[2,3] x) => (float[2,3] y) { a = Relu(x) b = Dropout(a) y = Neg(b) }"""
         )
     )
-    result = assert_pass_contract(example.DropDropout(), model, [{"x": np.array([[-1, 2, 0], [3, -4, 5]], np.float32)}])
+    result = assert_pass_contract(
+        example("passes").DropDropout(), model, [{"x": np.array([[-1, 2, 0], [3, -4, 5]], np.float32)}]
+    )
     assert result == passes.PassResult(modified=True, rewrites=1)
 
 
