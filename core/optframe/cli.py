@@ -72,7 +72,7 @@ class LazyGroup(TyperGroup):
         session = _session(ctx)
         try:
             super().invoke(ctx)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit amid the work would look like its end
             culprit = session.culprit(error) if _is_unforeseen(error) else None
             if culprit is None:
                 raise
@@ -153,15 +153,15 @@ def _show(error: Exception, debug: bool) -> int:
     return status
 
 
-def _is_full_disk(error: Exception) -> bool:
+def _is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _is_usage(error: Exception) -> bool:
+def _is_usage(error: BaseException) -> bool:
     return hasattr(error, "format_message")  # typer's and click's have it, in all versions
 
 
-def _is_unforeseen(error: Exception) -> bool:
+def _is_unforeseen(error: BaseException) -> bool:
     """Whether `error` has nothing to say to a user, and does not end a command as typer does."""
     ends = isinstance(error, typer.Exit | typer.Abort)
     return not (ends or isinstance(error, OptframeError) or _is_usage(error) or _is_full_disk(error))

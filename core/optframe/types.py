@@ -80,7 +80,7 @@ def _call(role: str, reference: str, *arguments: Any) -> Any:
             return target(*arguments)
         except OptframeError:
             raise
-        except Exception as error:  # an author's code may raise anything
+        except (Exception, SystemExit) as error:  # an author's code may raise anything
             raise PluginError(f"{role} {reference} raised {describe(error)}") from error
 
 

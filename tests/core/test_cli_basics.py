@@ -24,7 +24,7 @@ COMMANDS = """
     from optframe.hookspec import hookimpl
     from optframe.types import CommandSpec
 
-    NAMES = ("greet", "tree", "unwrappable", "absent", "fail", "crash", "interrupt", "leave", "late")
+    NAMES = ("greet", "tree", "unwrappable", "absent", "fail", "crash", "exit", "interrupt", "leave", "late")
 
     @hookimpl
     def optframe_commands():
@@ -56,6 +56,9 @@ COMMANDS = """
 
     def crash():
         raise ZeroDivisionError("first line\\nsecond line")
+
+    def exit():
+        raise SystemExit(0)
 
     def interrupt():
         raise KeyboardInterrupt
@@ -157,6 +160,7 @@ def test_without_a_command_the_help_is_shown_and_the_status_is_usage(optframe: C
             2,
             "error: plugin 'acme' (acme-commands 1.1) raised ZeroDivisionError: first line (acme_commands.py:",
         ),
+        (["exit"], 2, "error: plugin 'acme' (acme-commands 1.1) raised SystemExit: 0 (acme_commands.py:"),
         (["interrupt"], 130, "interrupted\n"),
         (["leave"], 7, ""),
         (["absent"], 2, "error: command 'absent' of plugin 'acme' (acme-commands 1.1): cannot load"),

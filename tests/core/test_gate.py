@@ -539,6 +539,15 @@ def test_verify_off_cannot_go_on_without_a_pass_that_raises() -> None:
         run(parse(MLP), scripted(fail), verify="off")
 
 
+def test_a_pass_that_exits_is_rolled_back() -> None:
+    def leave(_model: ir.Model) -> None:
+        raise SystemExit(0)
+
+    [record] = run(parse(MLP), scripted(leave)).records
+    assert record.verified == "rolled-back"
+    assert "SystemExit: 0" in record.reason
+
+
 def test_an_error_for_the_user_is_no_broken_pass() -> None:
     def refuse(_model: ir.Model) -> None:
         raise InputError("this op is not registered")

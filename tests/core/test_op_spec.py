@@ -151,6 +151,9 @@ def test_what_an_authors_function_raises_names_it(role: str, words: str, author:
     ) as caught:
         call(role)
     assert isinstance(caught.value.__cause__, KeyError)
+    author(**{role: lambda *arguments: sys.exit(0)})
+    with pytest.raises(PluginError, match=f"{words} acme_op:{role} raised SystemExit: 0"):
+        call(role)
     author(**{role: refuses})
     with pytest.raises(InputError, match=r"^too large$") as refused:
         call(role)

@@ -88,6 +88,8 @@ class Workpiece:
             result = step.run(self._view.graph if self._view else self._model, context)
         except OptframeError as error:
             raise type(error)(f"pass '{step.name}': {error}") from error
+        except SystemExit as error:  # it would end the program as if all were done
+            raise RuntimeError(f"SystemExit: {error}") from error
         if not isinstance(result, PassResult):
             raise TypeError(f"run() returned {type(result).__name__}, not PassResult")
         if not result.modified:
