@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import pytest
 
-from optframe.errors import InputError
+from optframe.errors import CheckFailed, InputError
 from optframe.gate.bisect import BisectResult, bisect, explain
 from optframe.passes import GraphPass, PassContext, PassResult
 from optframe.pipeline import Pipeline
@@ -93,6 +93,22 @@ def test_nothing_to_find() -> None:
     assert bisect(model(), Pipeline((Rename(),)), NoExp()) is None
     with pytest.raises(InputError, match="before any pass"):
         bisect(model(), Pipeline((Rename(),)), lambda model: False)
+
+
+@dataclass(frozen=True)
+class Cut(GraphPass):
+    name: ClassVar[str] = "cut"
+
+    def run(self, model: ir.Model, context: PassContext) -> PassResult:
+        model.graph[3].replace_input_with(0, ir.Value(name="ghost"))
+        return PassResult(True, 1)
+
+
+def test_explain_tells_of_a_pass_that_leaves_no_graph() -> None:
+    with pytest.raises(
+        CheckFailed, match=r"pass 'cut' would break the model, and be rolled back: node 'node3' .*'ghost'"
+    ):
+        explain(model(), Cut())
 
 
 def test_explain_changes_nothing() -> None:

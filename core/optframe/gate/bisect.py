@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from optframe.errors import CheckFailed, InputError, OptframeError, describe
 from optframe.gate.checks import Check
-from optframe.gate.structure import require_wired
+from optframe.gate.structure import require_wired, wiring_problem
 from optframe.gate.workpiece import Ran, Workpiece
 from optframe.graph import op_histogram
 from optframe.passes import GraphPass, NearMiss
@@ -60,7 +60,7 @@ def explain(model: ir.Model, step: GraphPass, ops: Mapping[str, OpSpec] | None =
     """Return what `step` would do to `model`, which stays as it is.
 
     Raises:
-        CheckFailed: the pass raised.
+        CheckFailed: the pass raised, or what it left is no graph.
         InputError: the model is invalid.
     """
     require_wired(model)
@@ -72,6 +72,9 @@ def explain(model: ir.Model, step: GraphPass, ops: Mapping[str, OpSpec] | None =
         raise
     except Exception as error:  # a pass is foreign code
         raise CheckFailed(f"pass '{step.name}' raised {describe(error)}") from error
+    problem = wiring_problem(workpiece.model)
+    if problem:
+        raise CheckFailed(f"pass '{step.name}' would break the model, and be rolled back: {problem}")
     after = workpiece.op_histogram(kernels)
     changes = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
     return Explanation(ran.allowed, ran.near_misses, ran.result.modified, before.total(), after.total(), changes)
