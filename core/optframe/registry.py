@@ -153,6 +153,11 @@ class Registry:
         adapter: type[ModelAdapter] = self._load("model", name, ModelAdapter, ADAPTER_MEMBERS)
         if not is_dataclass(adapter.Options):
             raise PluginError(f"{self.what('model', name)}: {adapter.__qualname__}.Options is no dataclass")
+        try:
+            inspect.signature(adapter).bind(None)
+        except TypeError as error:
+            reason = f"{adapter.__qualname__} cannot be constructed from its options alone: {error}"
+            raise PluginError(f"{self.what('model', name)}: {reason}") from error
         return adapter
 
     def step(self, name: str) -> PassSpec | PipelineSpec:
@@ -236,6 +241,9 @@ class Registry:
         except PLUGIN_ERRORS as error:
             raise PluginError(f"{_what(claim)}: {factory.__qualname__}() raised {describe(error)}") from error
         flaw = _name_flaw(backend, name)
+        names = getattr(backend, "option_names", ())
+        if not flaw and (not isinstance(names, Collection) or isinstance(names, str)):
+            flaw = f"has option_names = {names!r}, not a collection of names"
         if flaw:
             raise PluginError(f"{_what(claim)}: {factory.__qualname__} {flaw}")
         return backend

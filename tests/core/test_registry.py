@@ -145,6 +145,10 @@ class Free(Backend):
     def open(what: object, *, extra: int = 0) -> None: ...  # type: ignore[override]
 
 
+class Optionless(Backend):
+    option_names = None
+
+
 class Nameless(Backend):
     name = None  # type: ignore[assignment]
 
@@ -158,7 +162,19 @@ class Explosive(Backend):
 def targets(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module that specs can name as `registry_targets`."""
     module = types.ModuleType(TARGETS)
-    for target in (Clean, Demanding, Undecorated, Sigma, Backend, Misnamed, Misshapen, Free, Nameless, Explosive):
+    for target in (
+        Clean,
+        Demanding,
+        Undecorated,
+        Sigma,
+        Backend,
+        Misnamed,
+        Misshapen,
+        Free,
+        Optionless,
+        Nameless,
+        Explosive,
+    ):
         setattr(module, target.__name__, target)
     module.number = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, TARGETS, module)
@@ -396,6 +412,17 @@ def test_options_of_a_model_are_a_dataclass(targets: types.ModuleType) -> None:
         registry_of(Mine(models=[ModelSpec("net", f"{TARGETS}:Adapter")])).load_model("net")
 
 
+def test_a_model_is_constructed_from_its_options_alone(targets: types.ModuleType) -> None:
+    class Adapter(Sigma):
+        def __init__(self, options: object, more: int) -> None: ...
+
+    for member in ADAPTER_MEMBERS:
+        setattr(Adapter, member, Sigma)
+    targets.Adapter = Adapter  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match=r"model 'net' of plugin 'mine0' .*from its options alone: .* 'more'"):
+        registry_of(Mine(models=[ModelSpec("net", f"{TARGETS}:Adapter")])).load_model("net")
+
+
 def test_an_abstract_pass_is_blamed(targets: types.ModuleType) -> None:
     targets.Abstract = type("Abstract", (GraphPass,), {"name": "abstract"})  # type: ignore[attr-defined]
     with pytest.raises(PluginError, match="Abstract has no method run"):
@@ -437,6 +464,7 @@ def test_a_backend_is_loaded_as_an_instance(targets: types.ModuleType) -> None:
         ("Misnamed", "Misnamed has the name 'yours', not 'mine'"),
         ("Nameless", "Nameless has the name None, not 'mine'"),
         ("Misshapen", "Misshapen has build(self, model), which is called as build(self, model, folder, options)"),
+        ("Optionless", "Optionless has option_names = None, not a collection of names"),
         ("Explosive", "Explosive() raised OSError: no device node (test_registry.py:"),
         ("Clean", "lacks missing, versions, build, open"),
     ],
