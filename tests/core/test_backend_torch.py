@@ -110,6 +110,42 @@ def test_a_loop_runs_as_often_as_asked(count: int, tmp_path: Path) -> None:
     assert_same(model(LOOP), {"n": np.array(count), "x": floats(2)}, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["float", "int64"])
+def test_a_loop_that_never_runs_collects_nothing_of_the_declared_type(kind: str, tmp_path: Path) -> None:
+    feeds = {"n": np.array(0), "x": np.ones(2, "float32" if kind == "float" else kind)}
+    typed = LOOP.replace("=> (d, t, u)", "=> (bool d, float[2] t, float[2] u)").replace("float", kind)
+    runner = assert_same(model(typed), feeds, tmp_path)
+    assert runner.run(feeds)["all"].shape == (0, 2)
+
+
+SCAN = """graph (float[2] start, float[t, 2] x) => (float[2] last, float[2, t] y) {
+    last, y = Scan <num_scan_inputs = 1, scan_output_axes = [1], scan_output_directions = [1],
+        body = step (float[2] s, float[2] e) => (float[2] sum, float[2] product) {
+            sum = Add (s, e)
+            product = Mul (sum, e)
+        }
+    > (start, x)
+}"""
+
+
+def test_a_scan_collects_along_the_axis_asked_for(tmp_path: Path) -> None:
+    runner = assert_same(model(SCAN), {"start": floats(2), "x": floats(3, 2)}, tmp_path)
+    nothing = runner.run({"start": floats(2), "x": floats(0, 2)})  # onnxruntime refuses to run over nothing
+    assert nothing["y"].shape == (2, 0)
+    np.testing.assert_array_equal(nothing["last"], floats(2))
+
+
+def test_a_scan_of_opset_8_is_named() -> None:
+    with pytest.raises(InputError, match="no Scan with a batch axis"):
+        opened(parser.parse_model(HEADER.replace("18", "8") + SCAN))
+
+
+def test_an_input_with_a_default_is_that_default(tmp_path: Path) -> None:
+    """Models of IR version 3 list every weight as an input."""
+    proto = model("graph (float[2] x, float[2] w = {3, 4}) => (float[2] y) { y = Mul (x, w) }")
+    assert_same(proto, {"x": floats(2)}, tmp_path)
+
+
 DATA_SHAPED = """graph (float[6] x) => (int64[k] places, int64[1] count) {
     found = NonZero (x)
     count_all = Shape (found)

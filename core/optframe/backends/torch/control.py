@@ -20,14 +20,27 @@ class Runnable(Protocol):
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
 
 
-def build(node: OpNode, functions: Mapping[str, Runnable], captures: int) -> Call:
-    """Return the call of a node; it takes the node's inputs and then `captures` captured tensors."""
+def check(node: OpNode) -> None:
+    """Name the form of Scan that has no translation.
+
+    Raises:
+        InputError: it is that of opset 8.
+    """
+    if node.op_type == "Scan" and node.opset < 9:
+        raise node.unsupported("a batch axis, as opset 8 has it")
+
+
+def build(node: OpNode, functions: Mapping[str, Runnable], captures: int, nothing: Sequence[Tensor]) -> Call:
+    """Return the call of a node; it takes the node's inputs and then `captures` captured tensors.
+
+    `nothing` stands for the body's outputs, one each, where a Loop or Scan never ran it.
+    """
     if node.op_type == "If":
         then, otherwise = functions["then_branch"], functions["else_branch"]
         return lambda condition, *captured: tuple((then if bool(condition) else otherwise)(captured))
     if node.op_type == "Loop":
-        return _loop(node, functions["body"], captures)
-    return _scan(node, functions["body"], captures)
+        return _loop(node, functions["body"], captures, nothing)
+    return _scan(node, functions["body"], captures, nothing)
 
 
 def _divide(given: Sequence[Tensor], captures: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -35,7 +48,13 @@ def _divide(given: Sequence[Tensor], captures: int) -> tuple[list[Tensor], list[
     return list(given[:cut]), list(given[cut:])
 
 
-def _loop(node: OpNode, body: Runnable, captures: int) -> Call:
+def _stack(collected: Sequence[Sequence[Tensor]], nothing: Sequence[Tensor]) -> list[Tensor]:
+    """Return each series as one tensor, its elements along the first axis."""
+    empties = nothing[len(nothing) - len(collected) :]
+    return [torch.stack(list(s)) if s else empty for s, empty in zip(collected, empties, strict=True)]
+
+
+def _loop(node: OpNode, body: Runnable, captures: int, nothing: Sequence[Tensor]) -> Call:
     def loop(count: Tensor | None, condition: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
         carried, captured = _divide(rest, captures)
         collected: list[list[Tensor]] = [[] for _ in range(node.outputs - len(carried))]
@@ -46,12 +65,12 @@ def _loop(node: OpNode, body: Runnable, captures: int) -> Call:
             for series, tensor in zip(collected, result[1 + len(carried) :], strict=True):
                 series.append(tensor)
             iteration += 1
-        return (*carried, *[torch.stack(series) if series else torch.zeros(0) for series in collected])
+        return (*carried, *_stack(collected, nothing))
 
     return loop
 
 
-def _scan(node: OpNode, body: Runnable, captures: int) -> Call:
+def _scan(node: OpNode, body: Runnable, captures: int, nothing: Sequence[Tensor]) -> Call:
     scanned = node.get("num_scan_inputs")
 
     def scan(*given: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +87,7 @@ def _scan(node: OpNode, body: Runnable, captures: int) -> Call:
             states = result[: len(states)]
             for series, tensor in zip(collected, result[len(states) :], strict=True):
                 series.append(tensor)
-        stacked = [torch.stack(s[::-1] if turn else s) for s, turn in zip(collected, back[1], strict=True)]
+        stacked = [s.flip(0) if turn else s for s, turn in zip(_stack(collected, nothing), back[1], strict=True)]
         return (*states, *[s.movedim(0, axis) for s, axis in zip(stacked, along[1], strict=True)])
 
     return scan

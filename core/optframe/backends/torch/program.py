@@ -6,10 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optframe.backends.torch.registry import Call
+from optframe.errors import InputError
 from optframe.types import TensorInfo
+
+FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
+"""What torch raises for inputs that a call does not take."""
+
+
+def failed(op: str, node: str, error: Exception) -> Exception:
+    """Return the error for a call that failed on its inputs; lack of memory is left as it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"backend torch cannot run {op} (node '{node}') on these inputs: {reason}")
 
 
 @dataclass(frozen=True)
@@ -98,22 +111,27 @@ class Executable:
 
     def __init__(self, program: Program, frees: Sequence[tuple[int, ...]]) -> None:
         self.program = program
-        self._plan = [
-            (step.call, step.inputs, step.outputs, free) for step, free in zip(program.steps, frees, strict=True)
-        ]
+        self._plan = list(zip(program.steps, frees, strict=True))
         self._start: list[Tensor | None] = [program.constants.get(slot) for slot in range(program.slots)]
 
     def __call__(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return the outputs for inputs of the shapes that the program was made for."""
+        """Return the outputs for inputs of the shapes that the program was made for.
+
+        Raises:
+            InputError: a call fails on its inputs, such as an index that is out of range.
+        """
         values = self._start.copy()
         for slot, tensor in zip(self.program.inputs, tensors, strict=True):
             values[slot] = tensor
-        for call, inputs, outputs, free in self._plan:
-            result = call(*[None if slot is None else values[slot] for slot in inputs])
+        for step, free in self._plan:
+            try:
+                result = step.call(*[None if slot is None else values[slot] for slot in step.inputs])
+            except FAILURES as error:
+                raise failed(step.op, step.node, error) from error
             if isinstance(result, Tensor):
-                values[outputs[0]] = result
+                values[step.outputs[0]] = result
             else:
-                for slot, part in zip(outputs, result, strict=False):
+                for slot, part in zip(step.outputs, result, strict=False):
                     values[slot] = part
             for slot in free:
                 values[slot] = None

@@ -9,7 +9,16 @@ import onnx_ir as ir
 import torch
 
 from optframe import graph as graph_module
-from optframe.backends.torch import ops_arrays, ops_linear, ops_nn, ops_pointwise, ops_recurrent, ops_reduce, ops_resize
+from optframe.backends.torch import (
+    control,
+    ops_arrays,
+    ops_linear,
+    ops_nn,
+    ops_pointwise,
+    ops_recurrent,
+    ops_reduce,
+    ops_resize,
+)
 from optframe.backends.torch.dtypes import to_torch, torch_dtype
 from optframe.backends.torch.registry import TRANSLATIONS, Call, OpNode
 from optframe.errors import InputError
@@ -78,17 +87,18 @@ class Preparer:
         constants = {
             value: to_torch(_checked(value).numpy())
             for value in graph.initializers.values()
-            if value.const_value is not None and not value.is_graph_input()
+            if value.const_value is not None
         }
+        inputs = [value for value in graph.inputs if value not in constants]  # an input's default is its value here
         nodes = [self._node(node) for node in graph]
-        own = set(graph.inputs) | set(constants) | {output for node in graph for output in node.outputs}
+        own = set(inputs) | set(constants) | {output for node in graph for output in node.outputs}
         captures: dict[ir.Value, None] = {}
         for prepared in nodes:
             read = [value for value in prepared.node.inputs if value is not None]
             read += [value for body in prepared.bodies.values() for value in body.captures]
             captures.update(dict.fromkeys(value for value in read if value not in own))
         captures.update(dict.fromkeys(value for value in graph.outputs if value not in own))
-        return Body(list(graph.inputs), list(graph.outputs), nodes, constants, list(captures))
+        return Body(inputs, list(graph.outputs), nodes, constants, list(captures))
 
     def _node(self, node: ir.Node) -> Prepared:
         attributes = {
@@ -104,6 +114,7 @@ class Preparer:
                 self._missing.setdefault(f"{node.domain}::{node.op_type}", op.name)
             return Prepared(node, op, build(op) if build else None)
         if node.op_type in CONTROL_OPS:
+            control.check(op)
             bodies = {name: self.body(node.attributes[name].as_graph()) for name in CONTROL_OPS[node.op_type]}
             return Prepared(node, op, None, bodies=bodies)
         translation = TRANSLATIONS.get(node.op_type)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from optframe.backends.torch import control
-from optframe.backends.torch.dtypes import info
-from optframe.backends.torch.program import Executable, Program, Step
+from optframe.backends.torch.dtypes import info, torch_dtype
+from optframe.backends.torch.program import FAILURES, Executable, Program, Step, failed
 from optframe.backends.torch.registry import Call
 from optframe.backends.torch.source import Body, Prepared
-from optframe.errors import InputError
 
 HOST = torch.device("cpu")
 
@@ -98,7 +97,11 @@ class Function:
 
 
 def fold(body: Body) -> None:
-    """Compute, once for all shapes, what follows from the body's constants alone; they become constants too."""
+    """Compute, once for all shapes, what follows from the body's constants alone; they become constants too.
+
+    Raises:
+        InputError: an op fails on its constants.
+    """
     kept = []
     for prepared in body.nodes:
         inputs = [None if value is None else body.constants.get(value) for value in prepared.node.inputs]
@@ -106,7 +109,7 @@ def fold(body: Body) -> None:
         if not known or prepared.call is None or prepared.node.domain:
             kept.append(prepared)
             continue
-        for value, tensor in zip(prepared.node.outputs, _as_tuple(prepared.call(*inputs)), strict=False):
+        for value, tensor in zip(prepared.node.outputs, _call(prepared, prepared.call, inputs), strict=False):
             body.constants[value] = tensor
     body.nodes = kept
     read = {value for prepared in kept for value in _reads(prepared)} | set(body.outputs)
@@ -118,8 +121,20 @@ def _reads(prepared: Prepared) -> list[ir.Value]:
     return [value for value in prepared.node.inputs if value is not None] + captured
 
 
-def _as_tuple(result: object) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
+def _call(prepared: Prepared, call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return the outputs of a node's call."""
+    try:
+        result = call(*tensors)
+    except FAILURES as error:
+        raise failed(prepared.op.op_type, prepared.op.name, error) from error
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _nothing(value: ir.Value, device: torch.device) -> Tensor:
+    """Return no elements of the shape and dtype that a body declares for its output; free dimensions are 0."""
+    shape = [dim if isinstance(dim, int) else 0 for dim in value.shape or ()]
+    dtype = torch.float32 if value.dtype is None else torch_dtype(value.dtype, f"'{value.name}'")
+    return torch.empty((0, *shape), dtype=dtype, device=device)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -179,7 +194,7 @@ class _Tracer:
     def _fold(self, prepared: Prepared) -> None:
         assert prepared.call is not None
         inputs = [None if value is None else self._static[value] for value in prepared.node.inputs]
-        for value, tensor in zip(prepared.node.outputs, _as_tuple(prepared.call(*inputs)), strict=False):
+        for value, tensor in zip(prepared.node.outputs, _call(prepared, prepared.call, inputs), strict=False):
             self._static[value] = tensor
 
     def _inline(self, prepared: Prepared, condition: bool) -> None:
@@ -204,7 +219,8 @@ class _Tracer:
             name: Function(body, [*body.inputs, *running], self._static, self._device, self._function.weights)
             for name, body in prepared.bodies.items()
         }
-        call = control.build(prepared.op, functions, len(running))
+        nothing = [_nothing(value, self._device) for body in prepared.bodies.values() for value in body.outputs]
+        call = control.build(prepared.op, functions, len(running), nothing)
         self._append(prepared, call, [*prepared.node.inputs, *running], host=control.HOST_INPUTS[prepared.op.op_type])
         self._uncertain.update(prepared.node.outputs)
 
@@ -237,23 +253,13 @@ class _Tracer:
             )
         if prepared.data_shaped or prepared.bodies:
             self._program.fixed = False
-        results = self._call(prepared, call, tensors)
+        results = _call(prepared, call, tensors)
         for value, tensor in zip(prepared.node.outputs, results, strict=False):
             self._define(value, tensor)
         outputs = tuple(self._slots[value] for value, _ in zip(prepared.node.outputs, results, strict=False))
         self._program.steps.append(
             Step(prepared.op.op_type, call, tuple(slots), outputs, prepared.op.name, prepared.op.attributes)
         )
-
-    def _call(self, prepared: Prepared, call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        try:
-            return _as_tuple(call(*tensors))
-        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            name = f"{prepared.op.op_type} (node '{prepared.op.name}')"
-            raise InputError(f"backend torch cannot run {name} on these inputs: {reason}") from error
 
     def _place(self, inputs: Sequence[ir.Value | None], host: tuple[int, ...]) -> torch.device:
         """Return the host if all that is computed, not constant, lies there, such as shapes that depend on values."""
