@@ -60,6 +60,11 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return 16-bit floats as float32, whose range and digits intermediate results need; other tensors as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def info(tensor: torch.Tensor) -> TensorInfo:
     """Return shape and dtype as the specs of plugin ops spell them."""
     return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

@@ -54,7 +54,16 @@ def _constant_of_shape(node: OpNode) -> Call:
 
 @op("Range", host=(0, 1, 2))
 def _range(node: OpNode) -> Call:
-    return lambda start, limit, delta: torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
+    def count(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+        first, step = start.item(), delta.item()
+        return torch.arange(first, _reachable(first, limit.item(), step), step, dtype=start.dtype)
+
+    return count
+
+
+def _reachable(first: float, limit: float, step: float) -> float:
+    """Return the limit, or `first` for one that no step leads to: an empty range, which is an error in torch."""
+    return max(first, limit) if step > 0 else min(first, limit)
 
 
 @op("EyeLike")
@@ -103,7 +112,11 @@ def _transpose(node: OpNode) -> Call:
 def _squeeze(node: OpNode) -> Call:
     def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
         chosen = node.get("axes") if axes is None else axes.tolist()
-        return x.squeeze() if chosen is None else x.squeeze(tuple(chosen))
+        if chosen is None:
+            return x.squeeze()
+        if any(x.shape[axis] != 1 for axis in chosen):  # torch would let these be
+            raise ValueError(f"axes {list(chosen)} of shape {list(x.shape)} are not all of size 1")
+        return x.squeeze(tuple(chosen))
 
     return squeeze
 
@@ -141,9 +154,11 @@ def _split(node: OpNode) -> Call:
 
     def split(x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         chosen = node.get("split") if sizes is None else sizes.tolist()
-        if chosen is not None:
-            return torch.split(x, list(chosen), axis)
-        return torch.split(x, -(-x.shape[axis] // node.outputs), axis)
+        if chosen is None:  # as even as can be: the last parts get what is left, which may be nothing
+            size = x.shape[axis]
+            even = -(-size // node.outputs)
+            chosen = [min(even, max(size - i * even, 0)) for i in range(node.outputs)]
+        return torch.split(x, list(chosen), axis)
 
     return split
 
@@ -176,9 +191,9 @@ def _cut_axis(x: Tensor, start: int, end: int, axis: int, step: int) -> Tensor:
     if step > 0:
         return x.narrow(axis, first, max(last - first, 0))[(slice(None),) * axis + (slice(None, None, step),)]
     size = x.shape[axis]
-    first = min(start + size if start < 0 else start, size - 1)
+    first = min(max(start + size if start < 0 else start, 0), size - 1)
     last = max(end + size if end < 0 else end, -1)
-    return x.index_select(axis, torch.arange(first, last, step, device=x.device))
+    return x.index_select(axis, torch.arange(first, _reachable(first, last, step), step, device=x.device))
 
 
 @op("Pad", host=(1, 2, 3))
@@ -193,16 +208,21 @@ def _pad(node: OpNode) -> Call:
         fill = node.get("value", 0.0) if value is None else value.item()
         if mode == "constant":
             flat = [amount for axis in reversed(range(x.ndim)) for amount in around.get(axis, (0, 0))]
-            return F.pad(x, flat, value=fill)
+            return torch.constant_pad_nd(x, flat, fill)  # F.pad takes integers through float64
         return _pad_by_index(x, around, mode)
 
     return pad
 
 
 def _pad_by_index(x: Tensor, around: dict[int, tuple[int, int]], mode: str) -> Tensor:
-    """Repeat elements: the nearest (edge), mirrored without the edge (reflect), or from the other end (wrap)."""
+    """Repeat elements: the nearest (edge), mirrored without the edge (reflect), or from the other end (wrap).
+
+    What negative amounts cut off is not repeated.
+    """
     for axis, (before, after) in around.items():
-        size = x.shape[axis]
+        size = x.shape[axis] + min(before, 0) + min(after, 0)
+        x = x.narrow(axis, max(-before, 0), size)
+        before, after = max(before, 0), max(after, 0)
         index = torch.arange(-before, size + after, device=x.device)
         if mode == "edge":
             index = index.clamp(0, size - 1)

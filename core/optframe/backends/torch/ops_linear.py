@@ -12,9 +12,10 @@ from optframe.backends.torch.registry import Call, OpNode, enter_calls, op
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """torch has no integer products beyond int64's on a GPU; float64 holds those of 32 bits exactly."""
-    exact = a if a.is_floating_point() else a.double()
-    product: Tensor = torch.matmul(exact, b.to(exact.dtype))
+    """A GPU has no integer products in torch: there float64 stands in, exact as long as sums are below 2^53."""
+    if a.is_floating_point() or a.device.type == "cpu":
+        return torch.matmul(a, b)
+    product: Tensor = torch.matmul(a.double(), b.double())
     return product.to(a.dtype)
 
 
@@ -29,9 +30,8 @@ def _gemm(node: OpNode) -> Call:
     def gemm(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
         a, b = a.t() if turn_a else a, b.t() if turn_b else b
         if not a.is_floating_point():
-            product: Tensor = alpha * (a.double() @ b.double())
-            total: Tensor = product if c is None else product + beta * c
-            return total.to(a.dtype)
+            total = _scaled(_matmul(a, b), alpha)
+            return total if c is None else total + _scaled(c, beta)
         if c is None:
             return torch.mm(a, b) if alpha == 1 else alpha * torch.mm(a, b)
         return torch.addmm(c, a, b, alpha=alpha, beta=beta)
@@ -39,21 +39,26 @@ def _gemm(node: OpNode) -> Call:
     return gemm
 
 
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """Return integers times a factor, rounded towards 0."""
+    return x if factor == 1 else (x * factor).to(x.dtype)
+
+
 @op("Einsum")
 def _einsum(node: OpNode) -> Call:
     equation = node.get("equation").replace(" ", "")
-    return lambda *operands: torch.einsum(equation, *operands)
+    return lambda *operands: torch.einsum(equation, *operands).to(operands[0].dtype)
 
 
 @op("MatMulInteger")
 def _matmul_integer(node: OpNode) -> Call:
     def matmul(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
-        """A zero point is one number, or one a row of a, one a column of b."""
+        """A zero point is one number, or one a row of a, one a column of b, as a vector or with all axes."""
         left, right = a.double(), b.double()
         if a_zero is not None:
-            left = left - (a_zero.double().unsqueeze(-1) if a_zero.ndim else a_zero.double())
+            left = left - (a_zero.double().unsqueeze(-1) if a_zero.ndim == 1 else a_zero.double())
         if b_zero is not None:
-            right = right - (b_zero.double().unsqueeze(-2) if b_zero.ndim else b_zero.double())
+            right = right - b_zero.double()
         return torch.matmul(left, right).to(torch.int32)
 
     return matmul
@@ -72,9 +77,14 @@ def resolve_pads(node: OpNode, sizes: Sequence[int], kernel: Sequence[int]) -> l
     around = []
     for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
         total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
-        small, large = total // 2, total - total // 2
-        around.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        around.append(_halves(total, auto))
     return around
+
+
+def _halves(total: int, auto_pad: str) -> tuple[int, int]:
+    """Return what of a total comes before and after; the odd one is after for SAME_UPPER, before for others."""
+    small = int(total / 2)  # towards 0 for negative totals as well
+    return (small, total - small) if auto_pad == "SAME_UPPER" else (total - small, small)
 
 
 def pad_spatial(x: Tensor, around: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
@@ -122,8 +132,13 @@ def _conv_transpose(node: OpNode) -> Call:
         strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
         extra = list(node.get("output_padding") or [0] * rank)
         around = _transposed_pads(node, x, weight, strides, dilations, extra)
-        full = torch.convolution(x, weight, bias, strides, [0] * rank, dilations, True, extra, node.get("group", 1))
-        return pad_spatial(full, [(-before, -after) for before, after in around]) if any(map(any, around)) else full
+        beyond = any(min(pair) < 0 for pair in around)  # the output is larger than what the kernel reaches
+        full = torch.convolution(
+            x, weight, None if beyond else bias, strides, [0] * rank, dilations, True, extra, node.get("group", 1)
+        )
+        if any(map(any, around)):
+            full = pad_spatial(full, [(-before, -after) for before, after in around])
+        return full + bias.reshape(-1, *[1] * rank) if beyond and bias is not None else full
 
     return conv_transpose
 
@@ -142,6 +157,5 @@ def _transposed_pads(
     for i in range(rank):
         full = (x.shape[2 + i] - 1) * strides[i] + extra[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1
         total = full - wanted[-rank:][i]
-        small, large = total // 2, total - total // 2
-        around.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        around.append(_halves(total, auto))
     return around

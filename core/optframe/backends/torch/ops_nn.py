@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optframe.backends.torch.dtypes import wide
 from optframe.backends.torch.ops_linear import pad_spatial, resolve_pads
 from optframe.backends.torch.registry import Call, OpNode, enter_calls, op
 
-_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+def _max_pool1d(x: Tensor, kernel: list[int], strides: list[int], padding: list[int], dilations: list[int]) -> Tensor:
+    """Integers go as images of one row, since torch has them in images alone."""
+    if x.is_floating_point():
+        return F.max_pool1d(x, kernel, strides, padding, dilations)
+    image = F.max_pool2d(x.unsqueeze(-2), [1, *kernel], [1, *strides], [0, *padding], [1, *dilations])
+    return image.squeeze(-2)
+
+
+_MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: _max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _kernel(node: OpNode) -> list[int]:
+    """Return a pool's window; windows of more axes than torch's are named before anything runs."""
+    kernel = list(node.get("kernel_shape"))
+    if len(kernel) not in _MAX_POOLS:
+        raise node.unsupported(f"a window of {len(kernel)} axes")
+    return kernel
+
+
+def _average(x: Tensor, kernel: list[int], strides: list[int]) -> Tensor:
+    """Return the means of windows; on a CPU torch has none of volumes in 16 bits."""
+    volume = len(kernel) == 3 and x.device.type == "cpu"
+    return _AVERAGE_POOLS[len(kernel)](wide(x) if volume else x, kernel, strides).to(x.dtype)
+
+
+def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """F.group_norm refuses groups of one element."""
+    return torch.group_norm(x, groups, scale, bias, epsilon)
 
 
 def _spatial(x: Tensor) -> tuple[int, ...]:
@@ -48,9 +77,9 @@ def _ceil_pads(
 def _max_pool(node: OpNode) -> Call:
     if node.outputs > 1:
         raise node.unsupported("an output of indices")
-    kernel = node.get("kernel_shape")
+    kernel = _kernel(node)
     rank = len(kernel)
-    strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
+    strides, dilations = list(node.get("strides") or [1] * rank), list(node.get("dilations") or [1] * rank)
 
     def max_pool(x: Tensor) -> Tensor:
         around = _ceil_pads(node, x, kernel, strides, dilations)
@@ -65,24 +94,27 @@ def _max_pool(node: OpNode) -> Call:
 
 @op("AveragePool")
 def _average_pool(node: OpNode) -> Call:
-    kernel = node.get("kernel_shape")
-    rank = len(kernel)
-    strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
-    if any(dilation != 1 for dilation in dilations):
-        raise node.unsupported("dilations")
+    kernel = _kernel(node)
+    strides = list(node.get("strides") or [1] * len(kernel))
+    _refuse_dilations(node)
 
     def average_pool(x: Tensor) -> Tensor:
-        around = _ceil_pads(node, x, kernel, strides, dilations)
-        total = _AVERAGE_POOLS[rank](pad_spatial(x, around), kernel, strides)
+        around = _ceil_pads(node, x, kernel, strides, [1] * len(kernel))
+        total = _average(pad_spatial(x, around), kernel, strides)
         if not any(map(any, around)):
             return total
         ones = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
         if node.get("count_include_pad", 0):
             ones = pad_spatial(ones, resolve_pads(node, x.shape[2:], kernel), 1.0)
             around = [(0, (size - inner)) for size, inner in zip(_padded(x, around), ones.shape[2:], strict=True)]
-        return total / _AVERAGE_POOLS[rank](pad_spatial(ones, around), kernel, strides)
+        return total / _average(pad_spatial(ones, around), kernel, strides)
 
     return average_pool
+
+
+def _refuse_dilations(node: OpNode) -> None:
+    if any(dilation != 1 for dilation in node.get("dilations") or ()):
+        raise node.unsupported("dilations")
 
 
 def _padded(x: Tensor, around: Sequence[tuple[int, int]]) -> list[int]:
@@ -93,17 +125,21 @@ def _padded(x: Tensor, around: Sequence[tuple[int, int]]) -> list[int]:
 def _lp_pool(node: OpNode) -> Call:
     p = node.get("p", 2)
     if node.op_type == "GlobalLpPool":
-        return lambda x: torch.sum(torch.abs(x) ** p, _spatial(x), keepdim=True) ** (1 / p)
-    kernel = node.get("kernel_shape")
-    strides = node.get("strides") or [1] * len(kernel)
+        return lambda x: (torch.sum(_power(x, p), _spatial(x), keepdim=True) ** (1 / p)).to(x.dtype)
+    kernel = _kernel(node)
+    strides = list(node.get("strides") or [1] * len(kernel))
+    _refuse_dilations(node)
 
     def lp_pool(x: Tensor) -> Tensor:
         around = _ceil_pads(node, x, kernel, strides, [1] * len(kernel))
-        powers = pad_spatial(torch.abs(x) ** p, around)
-        mean: Tensor = _AVERAGE_POOLS[len(kernel)](powers, kernel, strides)
-        return torch.pow(mean * math.prod(kernel), 1 / p)
+        powers = pad_spatial(_power(x, p), around)
+        return torch.pow(_average(powers, kernel, strides) * math.prod(kernel), 1 / p).to(x.dtype)
 
     return lp_pool
+
+
+def _power(x: Tensor, p: float) -> Tensor:
+    return torch.abs(wide(x)) ** p
 
 
 @op("BatchNormalization")
@@ -121,7 +157,7 @@ def _batch_normalization(node: OpNode) -> Call:
 @op("InstanceNormalization")
 def _instance_normalization(node: OpNode) -> Call:
     epsilon = node.get("epsilon", 1e-5)
-    return lambda x, scale, bias: F.group_norm(x, x.shape[1], scale, bias, epsilon)
+    return lambda x, scale, bias: _group_norm(x, x.shape[1], scale, bias, epsilon)
 
 
 @op("GroupNormalization")
@@ -132,7 +168,7 @@ def _group_normalization(node: OpNode) -> Call:
         """Before opset 21 there was one scale a group."""
         if scale.shape[0] != x.shape[1]:
             scale, bias = (p.repeat_interleave(x.shape[1] // groups) for p in (scale, bias))
-        return F.group_norm(x, groups, scale, bias, epsilon)
+        return _group_norm(x, groups, scale, bias, epsilon)
 
     return normalize
 
@@ -159,8 +195,8 @@ def _rms_normalization(node: OpNode) -> Call:
 
     def normalize(x: Tensor, scale: Tensor) -> Tensor:
         axes = tuple(range(axis % x.ndim, x.ndim))
-        wide = x.float()
-        return (wide * torch.rsqrt(torch.mean(wide * wide, axes, keepdim=True) + epsilon)).to(x.dtype) * scale
+        data = wide(x)
+        return (data * torch.rsqrt(torch.mean(data * data, axes, keepdim=True) + epsilon)).to(x.dtype) * scale
 
     return normalize
 
@@ -179,8 +215,9 @@ def _mean_variance_normalization(node: OpNode) -> Call:
     axes = tuple(node.get("axes") or (0, 2, 3))
 
     def normalize(x: Tensor) -> Tensor:
-        deviation = x - torch.mean(x, axes, keepdim=True)
-        return deviation / (torch.sqrt(torch.mean(deviation * deviation, axes, keepdim=True)) + 1e-9)
+        data = wide(x)
+        deviation = data - torch.mean(data, axes, keepdim=True)
+        return (deviation / (torch.sqrt(torch.mean(deviation * deviation, axes, keepdim=True)) + 1e-9)).to(x.dtype)
 
     return normalize
 

@@ -23,6 +23,11 @@ def _power(base: Tensor, exponent: Tensor) -> Tensor:
     return torch.pow(base, exponent).to(base.dtype)
 
 
+def _sign(x: Tensor) -> Tensor:
+    """NaN has none; torch says 0."""
+    return torch.where(torch.isnan(x), x, torch.sign(x)) if x.is_floating_point() else torch.sign(x)
+
+
 def _sum(*terms: Tensor) -> Tensor:
     return functools.reduce(torch.add, terms)
 
@@ -42,7 +47,7 @@ enter_calls(
         "Floor": torch.floor,
         "Ceil": torch.ceil,
         "Round": torch.round,
-        "Sign": torch.sign,
+        "Sign": _sign,
         "Sin": torch.sin,
         "Cos": torch.cos,
         "Tan": torch.tan,
@@ -111,7 +116,7 @@ def _leaky_relu(node: OpNode) -> Call:
 
 @op("ThresholdedRelu")
 def _thresholded_relu(node: OpNode) -> Call:
-    return lambda x: F.threshold(x, node.get("alpha", 1.0), 0.0)
+    return lambda x: torch.where(x > node.get("alpha", 1.0), x, torch.zeros_like(x))
 
 
 @op("Elu")
@@ -150,7 +155,12 @@ def _swish(node: OpNode) -> Call:
 @op("Shrink")
 def _shrink(node: OpNode) -> Call:
     bias, limit = node.get("bias", 0.0), node.get("lambd", 0.5)
-    return lambda x: torch.where(x < -limit, x + bias, torch.where(x > limit, x - bias, torch.zeros_like(x)))
+
+    def shrink(x: Tensor) -> Tensor:
+        moved = torch.where(x < -limit, x + bias, torch.where(x > limit, x - bias, torch.zeros_like(x)))
+        return moved.to(x.dtype)  # integers moved by a fraction are floating point
+
+    return shrink
 
 
 @op("IsInf")
@@ -187,10 +197,13 @@ def _bit_shift(node: OpNode) -> Call:
     return torch.bitwise_left_shift if node.get("direction") == "LEFT" else torch.bitwise_right_shift
 
 
-@op("Dropout")
+@op("Dropout", host=(2,))
 def _dropout(node: OpNode) -> Call:
-    def dropout(x: Tensor, *_: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        return x if node.outputs < 2 else (x, torch.ones_like(x, dtype=torch.bool))
+    def dropout(x: Tensor, _: Tensor | None = None, training: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if training is not None and training:
+            raise node.unsupported("training")
+        mask = torch.ones_like(x, dtype=torch.bool if node.opset >= 10 else x.dtype)
+        return x if node.outputs < 2 else (x, mask)
 
     return dropout
 
@@ -210,10 +223,10 @@ def _per_axis(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
 def _quantize_linear(node: OpNode) -> Call:
     axis, block = node.get("axis", 1), node.get("block_size", 0)
     given = node.get("output_dtype", 0)
+    asked = torch_dtype(given, f"the result of QuantizeLinear '{node.name}'") if given else torch.uint8
 
     def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        dtype = torch_dtype(given, node.name) if given else torch.uint8
-        dtype = dtype if zero_point is None else zero_point.dtype
+        dtype = asked if zero_point is None else zero_point.dtype
         level = torch.round(x.float() / _per_axis(scale.float(), x, axis, block))
         if zero_point is not None:
             level = level + _per_axis(zero_point.float(), x, axis, block)
@@ -240,10 +253,11 @@ def _dequantize_linear(node: OpNode) -> Call:
 def _dynamic_quantize_linear(node: OpNode) -> Call:
     def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero = torch.zeros((), dtype=x.dtype, device=x.device)
-        low, high = torch.minimum(x.amin(), zero), torch.maximum(x.amax(), zero)
-        scale = (high - low) / 255
-        zero_point = torch.round(torch.clamp(-low / scale, 0, 255)).nan_to_num(0)
-        level = torch.round(x / scale).nan_to_num(0) + zero_point
+        with_zero = torch.cat([x.reshape(-1), zero.reshape(1)])  # the range takes in 0, if only that
+        low, high = with_zero.amin(), with_zero.amax()
+        scale = torch.where(high == low, torch.ones_like(low), (high - low) / 255)
+        zero_point = torch.round(torch.clamp(-low / scale, 0, 255))
+        level = torch.round(x / scale) + zero_point
         return level.clamp(0, 255).to(torch.uint8), scale, zero_point.to(torch.uint8)
 
     return quantize

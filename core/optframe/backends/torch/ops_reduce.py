@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from optframe.backends.torch.dtypes import wide
 from optframe.backends.torch.registry import Call, OpNode, op
 
 Reduction = Callable[[Tensor, tuple[int, ...], bool], Tensor]
@@ -29,16 +30,47 @@ def _mean(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     return torch.div(_add(x, axes, keep), math.prod(x.shape[axis] for axis in axes), rounding_mode="trunc")
 
 
+def _extremum(find: Callable[..., Tensor], lowest: bool) -> Reduction:
+    """Return max or min; of nothing it is what no element exceeds: an infinity, or the end of the integers."""
+
+    def extremum(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+        if math.prod(x.shape[axis] for axis in axes):
+            return find(x, axes, keepdim=keep)
+        shape = torch.sum(x, axes, keepdim=keep).shape
+        return torch.full(shape, _end(x.dtype, lowest), dtype=x.dtype, device=x.device)
+
+    return extremum
+
+
+def _end(dtype: torch.dtype, lowest: bool) -> float:
+    if dtype.is_floating_point:
+        return -math.inf if lowest else math.inf
+    if dtype == torch.bool:
+        return not lowest
+    limits = torch.iinfo(dtype)
+    return limits.min if lowest else limits.max
+
+
+def _in_float(reduction: Reduction) -> Reduction:
+    """Return the reduction in floating point of enough range for intermediate results, its result in x's type."""
+
+    def reduce(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+        data = wide(x) if x.is_floating_point() else x.double()
+        return reduction(data, axes, keep).to(x.dtype)
+
+    return reduce
+
+
 REDUCTIONS: dict[str, Reduction] = {
     "ReduceMean": _mean,
     "ReduceSum": _add,
-    "ReduceMax": lambda x, axes, keep: torch.amax(x, axes, keepdim=keep),
-    "ReduceMin": lambda x, axes, keep: torch.amin(x, axes, keepdim=keep),
+    "ReduceMax": _extremum(torch.amax, lowest=True),
+    "ReduceMin": _extremum(torch.amin, lowest=False),
     "ReduceProd": _product,
     "ReduceL1": lambda x, axes, keep: _add(torch.abs(x), axes, keep),
-    "ReduceL2": lambda x, axes, keep: torch.sqrt(_add(x * x, axes, keep)),
-    "ReduceLogSum": lambda x, axes, keep: torch.log(_add(x, axes, keep)),
-    "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep),
+    "ReduceL2": _in_float(lambda x, axes, keep: torch.sqrt(_add(x * x, axes, keep))),
+    "ReduceLogSum": _in_float(lambda x, axes, keep: torch.log(_add(x, axes, keep))),
+    "ReduceLogSumExp": _in_float(lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep)),
     "ReduceSumSquare": lambda x, axes, keep: _add(x * x, axes, keep),
 }
 
@@ -96,7 +128,8 @@ def _log_softmax(node: OpNode) -> Call:
 @op("Hardmax")
 def _hardmax(node: OpNode) -> Call:
     def hardmax(x: Tensor, axis: int) -> Tensor:
-        return torch.zeros_like(x).scatter_(axis, torch.argmax(x, axis, keepdim=True), 1.0)
+        hot = torch.zeros_like(x)
+        return hot.scatter_(axis, torch.argmax(x, axis, keepdim=True), 1.0) if x.numel() else hot
 
     return _softmax_like(node, hardmax)
 
@@ -108,8 +141,11 @@ def _cumulative_sum(node: OpNode) -> Call:
     def cumulative_sum(x: Tensor, axis: Tensor) -> Tensor:
         dim = int(axis)
         x = x.flip(dim) if reverse else x
+        if exclusive:  # not the sum less the element, which cancels
+            size = x.shape[dim]
+            zero = torch.zeros_like(x.narrow(dim, 0, min(size, 1)))
+            x = torch.cat([zero, x.narrow(dim, 0, max(size - 1, 0))], dim)
         total = torch.cumsum(x, dim, dtype=x.dtype)
-        total = total - x if exclusive else total
         return total.flip(dim) if reverse else total
 
     return cumulative_sum

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optframe.backends.torch.dtypes import wide
 from optframe.backends.torch.registry import Call, OpNode, op
 
 Taps = list[tuple[Tensor, Tensor | None]]
 """(index of the source of each output element, its weight or None for 1) for each of the elements that are summed."""
+
+WHOLE = 1e-6
+"""Far above what float64 loses in sums of 16-bit numbers, far below what a weight that is no rounding error makes."""
 
 _Array = np.ndarray[Any, Any]
 
@@ -42,7 +46,8 @@ class _Resizer:
         old = node.op_type == "Upsample" or node.opset < 11
         self._mode = node.get("mode", "nearest")
         self._coordinates = "asymmetric" if old else node.get("coordinate_transformation_mode", "half_pixel")
-        self._nearest = "floor" if old else node.get("nearest_mode", "round_prefer_floor")
+        self._nearest = None if old else node.get("nearest_mode", "round_prefer_floor")
+        """None: as opset 10 has it, up when the tensor shrinks and down else."""
         self._cubic, self._exclude = node.get("cubic_coeff_a", -0.75), bool(node.get("exclude_outside", 0))
         self._axes = node.get("axes")
         self._taps: dict[tuple[object, ...], Taps] = {}
@@ -52,13 +57,17 @@ class _Resizer:
         by_size = sizes is not None and sizes.numel() > 0
         given = sizes if by_size else scales
         assert given is not None, "ONNX asks for scales or sizes"
-        for axis, number in zip(axes, given.tolist(), strict=True):
+        dtype = x.dtype
+        if self._mode != "nearest":  # the sums of all axes are rounded once
+            x = wide(x) if x.is_floating_point() else x.double()
+        for axis, number in zip((axis % x.ndim for axis in axes), given.tolist(), strict=True):
             before = x.shape[axis]
-            after = int(number) if by_size else int(np.floor(before * number))
+            # ONNX multiplies float32 by float32, which may round to a whole number that the product misses
+            after = int(number) if by_size else int(np.floor(np.float32(before) * np.float32(number)))
             scale = after / before if by_size else number
             if scale != 1 or after != before:
                 x = _apply(x, axis, self._taps_of(before, after, scale, x))
-        return x
+        return x if x.dtype == dtype else _rounded(x, dtype, cut=self._mode == "linear")
 
     def _taps_of(self, before: int, after: int, scale: float, x: Tensor) -> Taps:
         key = (before, after, scale, x.device, x.dtype)
@@ -69,7 +78,8 @@ class _Resizer:
     def _make_taps(self, before: int, after: int, scale: float, x: Tensor) -> Taps:
         source = _source(self._coordinates, np.arange(after, dtype=np.float64), before, after, scale)
         if self._mode == "nearest":
-            index = _round(self._nearest, source).clip(0, before - 1)
+            how = "ceil" if self._nearest is None and scale < 1 else self._nearest or "floor"
+            index = _round(how, source).clip(0, before - 1)
             return [(torch.from_numpy(index.astype(np.int64)).to(x.device), None)]
         offsets = range(2) if self._mode == "linear" else range(-1, 3)
         floor = np.floor(source)
@@ -99,6 +109,19 @@ def _apply(x: Tensor, axis: int, taps: Taps) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, cut: bool) -> Tensor:
+    """Return x in a smaller type: integers end at their limits and are rounded, as ONNX's reference does.
+
+    `cut` cuts off the fraction, as onnxruntime does, unless the rounding of weights alone made it.
+    """
+    if dtype.is_floating_point:
+        return x.to(dtype)
+    whole = torch.round(x)
+    x = torch.where((x - whole).abs() < WHOLE, whole, torch.trunc(x)) if cut else whole
+    limits = torch.iinfo(dtype)
+    return x.clamp(limits.min, limits.max).to(dtype)
 
 
 def _source(mode: str, i: _Array, before: int, after: int, scale: float) -> _Array:
