@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optframe.backends.torch import source
 from optframe.backends.torch.backend import TorchSettings, open_model
+from optframe.backends.torch.ops_resize import MOST_TAPS
 from optframe.backends.torch.registry import TRANSLATIONS
 from optframe.errors import InputError
 
@@ -251,6 +253,7 @@ FORMS = [
     Case("Split", [(0, 2)], opset=13, outputs=2, note="nothing in 2"),
     Case("Pad", [ints(1, 2), ints(1, 0), scalar(-(1 << 60) - 1)], note="with a big integer"),
     Case("Pad", [(2, 4), ints(0, -1, 0, 2)], {"mode": "wrap"}, opset=19, note="cut off, then wrap"),
+    Case("ScatterND", [(3, 0), np.array([[1], [2]]), (2, 0)], note="empty rows"),
     Case("MatMul", [BIG, BIG], note="beyond float64"),
     Case("Gemm", [BIG.astype(np.int64) << 20, BIG.astype(np.int64), ints(1, 2)], {"beta": 2.0}, note="beyond float64"),
     Case("Einsum", [BIG % 9], {"equation": "ij->"}, note="integers"),
@@ -412,6 +415,7 @@ def test_forms_without_a_translation_are_named_before_anything_runs(case: Case, 
         (Case("Squeeze", [(2, 1), ints(0)]), "axes .* are not all of size 1"),
         (Case("Dropout", [(2,), scalar(0.5, "float32"), np.array(True)]), "Dropout with training"),
         (Case("Gather", [(3,), ints(7)]), "cannot run Gather"),
+        (Case("ScatterND", [(3, 3), np.array([[0, 5]]), (1,)]), "cannot run ScatterND .* for an axis of 3 elements"),
     ],
 )
 def test_inputs_that_an_op_does_not_take_are_named_in_every_run(case: Case, words: str) -> None:
@@ -439,3 +443,14 @@ def test_outputs_that_a_transposed_convolution_does_not_reach_are_its_bias() -> 
     (expected,) = ReferenceEvaluator(model).run(None, feeds)  # type: ignore[arg-type]
     actual = open_model(ir.from_proto(model), "cpu", TorchSettings(), "case").run(feeds)["y0"]
     np.testing.assert_allclose(actual, expected, rtol=1e-5)  # sums of two products
+
+
+def test_taps_of_sizes_that_values_choose_do_not_pile_up() -> None:
+    model, feeds = build(Case("Resize", [(1, 1, 5), None, None, ints(1, 1, 5)], {"mode": "linear"}), 0)
+    runner = open_model(ir.from_proto(model), "cpu", TorchSettings(), "case")
+    call = runner.loaded.body.nodes[0].call
+    assert call is not None
+    kept = inspect.getclosurevars(call).nonlocals["resizer"]._taps
+    for size in range(6, 6 + 3 * MOST_TAPS):
+        assert runner.run({**feeds, "x3": ints(1, 1, size)})["y0"].shape == (1, 1, size)
+        assert 0 < len(kept) <= MOST_TAPS

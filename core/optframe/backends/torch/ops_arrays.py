@@ -291,6 +291,13 @@ def _scatter_elements(node: OpNode) -> Call:
     return scatter
 
 
+def _checked(indices: Tensor, size: int) -> Tensor:
+    """Return the indices, which on a CPU have to be in range; on a GPU looking would hold up the stream."""
+    if indices.device.type == "cpu" and ((indices < 0) | (indices >= size)).any():
+        raise IndexError(f"index out of range for an axis of {size} elements")
+    return indices
+
+
 @op("ScatterND")
 def _scatter_nd(node: OpNode) -> Call:
     reduction = node.get("reduction", "none")
@@ -299,9 +306,10 @@ def _scatter_nd(node: OpNode) -> Call:
         depth = indices.shape[-1]
         place = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=x.device)
         for i, part in enumerate(indices.unbind(-1)):
-            place = place * x.shape[i] + _from_end(part, x.shape[i])
+            place = place * x.shape[i] + _checked(_from_end(part, x.shape[i]), x.shape[i])
         rest = int(torch.Size(x.shape[depth:]).numel())
-        flat, rows = x.reshape(-1, rest), updates.reshape(-1, rest)
+        flat = x.reshape(int(torch.Size(x.shape[:depth]).numel()), rest)
+        rows = updates.reshape(place.numel(), rest)
         where = place.reshape(-1, 1).expand(rows.shape)
         if reduction == "none":
             return flat.scatter(0, where, rows).reshape(x.shape)

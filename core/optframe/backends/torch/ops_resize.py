@@ -18,6 +18,9 @@ Taps = list[tuple[Tensor, Tensor | None]]
 WHOLE = 1e-6
 """Far above what float64 loses in sums of 16-bit numbers, far below what a weight that is no rounding error makes."""
 
+MOST_TAPS = 64
+"""Of so many sizes, which values may choose, a node keeps its taps on a CPU. CUDA graphs read theirs: those stay."""
+
 _Array = np.ndarray[Any, Any]
 
 
@@ -71,9 +74,12 @@ class _Resizer:
 
     def _taps_of(self, before: int, after: int, scale: float, x: Tensor) -> Taps:
         key = (before, after, scale, x.device, x.dtype)
-        if key not in self._taps:
-            self._taps[key] = self._make_taps(before, after, scale, x)
-        return self._taps[key]
+        taps = self._taps.get(key)
+        if taps is None:
+            if x.device.type == "cpu" and len(self._taps) >= MOST_TAPS:
+                self._taps.clear()
+            taps = self._taps[key] = self._make_taps(before, after, scale, x)
+        return taps
 
     def _make_taps(self, before: int, after: int, scale: float, x: Tensor) -> Taps:
         source = _source(self._coordinates, np.arange(after, dtype=np.float64), before, after, scale)
