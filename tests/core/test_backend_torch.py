@@ -238,6 +238,35 @@ def test_attention_in_fp16_takes_its_scale_along() -> None:
     assert ops["Softmax"] == ops["Mul"] == ops["MatMul"] == 0
 
 
+FOUND = """graph (float[n] x) => (float[k, 1] y, float[n] z) <int64[1] zero = {0}, int64[1] one = {1}> {
+    places = NonZero (x)
+    sizes = Shape (places)
+    count = Gather (sizes, one)
+    shape = Concat <axis: int = 0> (count, one)
+    rows = Squeeze (places, zero)
+    found = Gather (x, rows)
+    grown = Exp (found)
+    product = Mul (grown, found)
+    column = Reshape (product, shape)
+    y = Tanh (column)
+    negative = Neg (x)
+    z = Exp (negative)
+}"""
+
+
+def test_shapes_that_depend_on_values_are_not_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)  # the traced graph holds the shapes as well
+    plain, runner = opened(model(FOUND)), opened(model(FOUND))
+    runner.loaded.optimize = fuse.optimize
+    for values in ([1, 0, 2], [1, 0, 2], [0, 5, 0], [1, 3, 2]):
+        feeds = {"x": np.array(values, np.float32)}
+        wanted = plain.run(feeds)
+        for name, array in runner.run(feeds).items():
+            np.testing.assert_allclose(array, wanted[name], rtol=1e-6)  # the same calls
+    (executable,) = runner.loaded._programs.values()
+    assert [step.node for step in executable.program.steps if step.op == "Chain"] == ["Neg, Exp ()"]
+
+
 def test_inputs_that_do_not_fit_are_named(tmp_path: Path) -> None:
     runner = opened(model(SHAPES))
     for feeds, words in (

@@ -57,7 +57,10 @@ def _worth(program: Program, group: Sequence[int]) -> bool:
 
 
 def _groups(program: Program) -> list[list[int]]:
-    """Return sets of steps, each joined by its data, that nothing outside leads from and back into."""
+    """Return sets of steps, each joined by its data, that nothing outside leads from and back into.
+
+    Compiled code holds the shapes it was made for, so steps whose shapes depend on values stay as they are.
+    """
     makers = {slot: index for index, step in enumerate(program.steps) for slot in step.outputs}
     group_of: dict[int, int] = {}
     members: list[list[int]] = []
@@ -70,7 +73,7 @@ def _groups(program: Program) -> list[list[int]]:
         needed = set[int]().union(*(behind[source] for source in sources))
         direct = {group_of[source] for source in sources if source in group_of}
         mine: int | None = None
-        if step.op in VIEWS | ELEMENTWISE | REDUCTIONS:
+        if step.op in VIEWS | ELEMENTWISE | REDUCTIONS and program.is_certain(step):
             mine = _joinable(direct, sources, behind, group_of, outside)
             if mine is None:
                 mine = len(members)

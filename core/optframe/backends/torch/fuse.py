@@ -46,9 +46,9 @@ class _Rewriter:
         self.program.steps = [step for step in self.steps if step is not None]
 
     def step(self, index: int | None, *ops: str) -> Step | None:
-        """Return the step there if it is one of `ops`."""
+        """Return the step there if it is one of `ops` and its shapes, which rewrites go by, do not depend on values."""
         step = None if index is None or index >= len(self.steps) else self.steps[index]
-        return step if step is not None and step.op in ops else None
+        return step if step is not None and step.op in ops and self.program.is_certain(step) else None
 
     def reader(self, slot: int) -> int | None:
         """Return the only step that reads the slot, None if others or the program's outputs do too."""

@@ -58,6 +58,12 @@ class Program:
     infos: dict[int, TensorInfo]
     fixed: bool
     slots: int
+    uncertain: set[int] = field(default_factory=set)
+    """Slots whose shape depends on values: `infos` tells what it was once."""
+
+    def is_certain(self, step: Step) -> bool:
+        """Return whether all that the step makes, and so all that it reads, has the same shapes in each run."""
+        return self.uncertain.isdisjoint(step.outputs)
 
     def new_slot(self, info: TensorInfo) -> int:
         """Return a slot that nothing uses yet, for a tensor such as `info`."""

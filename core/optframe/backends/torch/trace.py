@@ -221,15 +221,15 @@ class _Tracer:
         }
         nothing = [_nothing(value, self._device) for body in prepared.bodies.values() for value in body.outputs]
         call = control.build(prepared.op, functions, len(running), nothing)
-        self._append(prepared, call, [*prepared.node.inputs, *running], host=control.HOST_INPUTS[prepared.op.op_type])
         self._uncertain.update(prepared.node.outputs)
+        self._append(prepared, call, [*prepared.node.inputs, *running], host=control.HOST_INPUTS[prepared.op.op_type])
 
     def _record(self, prepared: Prepared) -> None:
         assert prepared.call is not None
         inputs = prepared.node.inputs
-        self._append(prepared, prepared.call, inputs, prepared.host)
         if prepared.data_shaped or any(value in self._uncertain for value in inputs):
             self._uncertain.update(prepared.node.outputs)
+        self._append(prepared, prepared.call, inputs, prepared.host)
 
     def _append(self, prepared: Prepared, call: Call, inputs: Sequence[ir.Value | None], host: tuple[int, ...]) -> None:
         """Run a call and write it down as a step."""
@@ -271,7 +271,9 @@ class _Tracer:
 
     def _define(self, value: ir.Value, tensor: Tensor) -> None:
         self._live[value] = tensor
-        self._slots[value] = self._program.new_slot(info(tensor))
+        slot = self._slots[value] = self._program.new_slot(info(tensor))
+        if value in self._uncertain:
+            self._program.uncertain.add(slot)
 
     def _slot(self, value: ir.Value, wanted: torch.device, channels_last: bool = False) -> int:
         """Return the slot that holds the value on the device, after a step that moves it where need be."""
