@@ -57,6 +57,15 @@ def test_a_chain_that_does_not_compile_runs_as_it_is(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("x", [torch.ones(3, 1).expand(3, 4), torch.rand(4, 3).t(), torch.rand(3, 8)[:, ::2]])
+def test_inputs_of_any_layout_are_compiled_for(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    compiled = chains.compile_chain(lambda tensor: (made.append(tensor), torch.exp(tensor))[1], [x])
+    assert made[0].stride() == x.stride()
+    torch.testing.assert_close(compiled(x), x.exp())
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("addends", [(), ("bias",), ("other",), ("bias", "other")])
 def test_a_linear_layer_adds_what_it_is_given(relu: bool, addends: tuple[str, ...]) -> None:

@@ -191,8 +191,9 @@ def compile_chain(call: Call, tensors: Sequence[Tensor]) -> Call:
 
 def _ordinary(tensor: Tensor) -> Tensor:
     """Return a tensor with the same layout that is none of inference mode's, which cannot be traced."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
+    stored = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    copy = torch.empty_strided(stored, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor.as_strided(stored, tensor.stride())).expand(tensor.shape)
 
 
 def chains(steps: Iterable[Step]) -> list[CompiledChain]:
