@@ -249,6 +249,16 @@ FORMS = [
         Case("Slice", [(4, 5), *map(ints, cut)], note=f"backwards {cut}")
         for cut in ((-9, -9, 0, -1), (1, 3, 0, -1), (-5, -9, 1, -2), (9, -9, 1, -3), (2, 2, 1, -1))
     ),
+    *(
+        Case(
+            "BitShift",
+            [np.array([0, 5, 1 << 15, np.iinfo(dtype).max], dtype), np.array([3, 0, 2, 7], dtype)],
+            {"direction": direction},
+            note=f"{dtype} {direction}",
+        )
+        for dtype in ("uint16", "uint32", "uint64")
+        for direction in ("LEFT", "RIGHT")
+    ),
     *(Case("Split", [(n, 2)], {"num_outputs": 3}, opset=18, outputs=3, note=f"{n} in 3") for n in (4, 2, 0)),
     Case("Split", [(0, 2)], opset=13, outputs=2, note="nothing in 2"),
     Case("Pad", [ints(1, 2), ints(1, 0), scalar(-(1 << 60) - 1)], note="with a big integer"),

@@ -194,7 +194,20 @@ def _mod(node: OpNode) -> Call:
 
 @op("BitShift")
 def _bit_shift(node: OpNode) -> Call:
-    return torch.bitwise_left_shift if node.get("direction") == "LEFT" else torch.bitwise_right_shift
+    left = node.get("direction") == "LEFT"
+    shift = torch.bitwise_left_shift if left else torch.bitwise_right_shift
+
+    def bit_shift(x: Tensor, by: Tensor) -> Tensor:
+        """torch shifts no unsigned integers but bytes; exporters of PyTorch shift int64 as uint64."""
+        if x.dtype == torch.uint64:
+            bits, count = x.view(torch.int64), by.view(torch.int64)
+            if not left:  # one place with a 0 for the sign, then the others
+                moved = (bits >> 1) & torch.iinfo(torch.int64).max
+                return torch.where(count > 0, moved >> (count - 1).clamp(min=0), bits).view(torch.uint64)
+            return shift(bits, count).view(torch.uint64)
+        return shift(x, by) if x.dtype == torch.uint8 else shift(x.long(), by.long()).to(x.dtype)
+
+    return bit_shift
 
 
 @op("Dropout", host=(2,))
