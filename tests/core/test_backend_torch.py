@@ -146,6 +146,12 @@ def test_an_input_with_a_default_is_that_default(tmp_path: Path) -> None:
     assert_same(proto, {"x": floats(2)}, tmp_path)
 
 
+def test_a_negative_size_that_an_input_declares_is_free(tmp_path: Path) -> None:
+    proto = model("graph (float[n, 2] x) => (float[n, 2] y) { y = Neg (x) }")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    assert_same(proto, {"x": floats(3, 2)}, tmp_path)
+
+
 DATA_SHAPED = """graph (float[6] x) => (int64[k] places, int64[1] count) {
     found = NonZero (x)
     count_all = Shape (found)

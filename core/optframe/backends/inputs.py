@@ -37,7 +37,8 @@ class ModelInput:
             raise InputError(f"the model does not say what type its input '{value.name}' has")
         shape = None
         if value.shape is not None:
-            shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+            sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            shape = tuple(None if isinstance(size, int) and size < 0 else size for size in sizes)  # Paddle's -1 is free
         return cls(value.name or "", value.dtype, shape)
 
     def check(self, array: Array, symbols: dict[str, int]) -> Array:
