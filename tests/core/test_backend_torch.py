@@ -244,6 +244,39 @@ def test_attention_in_fp16_takes_its_scale_along() -> None:
     assert ops["Softmax"] == ops["Mul"] == ops["MatMul"] == 0
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_a_softmax_over_several_axes_is_no_attention() -> None:
+    """Before opset 13 one without an axis takes all from the second on."""
+    proto = with_weights(ATTENTION.replace(" <axis: int = -1>", ""), np.float16)
+    proto.opset_import[0].version = 12
+    plain, result, ops = fused(proto, {"x": floats(1, 5, 8).astype(np.float16)})
+    np.testing.assert_allclose(result.astype(float), plain.astype(float), rtol=1e-2, atol=1e-3)  # FP16 in other orders
+    assert ops["Attention"] == 0
+
+
+PRODUCTS = """graph (
+    float[2, 4, 5] x, float[1, 2, 4, 5] k, float[1, 2, 5, 4] v, float[5, 4] w
+) => (float[1, 2, 5, 4] y) <float[1, 1, 1, 1] number> {
+    scaled = Mul (x, number)
+    q = Transpose <perm: ints = [0, 1, 3, 2]> (scaled)
+    scores = MatMul (q, k)
+    weights = Softmax <axis: int = -1> (scores)
+    y = MatMul (weights, v)
+}"""
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("values", "fused_too"), [("v", 1), ("w", 0)])
+def test_attention_keeps_axes_that_broadcasting_makes(values: str, fused_too: int) -> None:
+    proto = with_weights(PRODUCTS.replace("(weights, v)", f"(weights, {values})"), np.float16)
+    shapes = {"x": (2, 4, 5), "k": (1, 2, 4, 5), "v": (1, 2, 5, 4), "w": (5, 4)}
+    feeds = {name: floats(*shape).astype(np.float16) for name, shape in shapes.items()}
+    plain, result, ops = fused(proto, feeds)
+    assert result.shape == plain.shape
+    np.testing.assert_allclose(result.astype(float), plain.astype(float), rtol=1e-2, atol=1e-2)  # FP16 in other orders
+    assert ops["Attention"] == fused_too
+
+
 FOUND = """graph (float[n] x) => (float[k, 1] y, float[n] z) <int64[1] zero = {0}, int64[1] one = {1}> {
     places = NonZero (x)
     sizes = Shape (places)

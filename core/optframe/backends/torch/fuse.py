@@ -98,12 +98,14 @@ def _attention(r: _Rewriter, index: int) -> None:
     softmax = r.step(softmax_at, "Softmax")
     if softmax is None or softmax_at is None or len(r.shape(softmax.outputs[0])) != 4:
         return
-    if softmax.attributes.get("axis", -1) not in (-1, 3):
+    if softmax.attributes.get("axis", -1 if softmax.opset >= 13 else 1) not in (-1, 3):
         return
     second_at = r.reader(softmax.outputs[0])
     second = r.step(second_at, "MatMul")
     if second is None or second_at is None or second.inputs[0] != softmax.outputs[0]:
         return
+    if len({r.shape(slot)[:-2] for slot in (*first.inputs, second.inputs[1])}) > 1:
+        return  # broadcast
     chain += [softmax_at, second_at]
     call = fused_calls.Attention(_take_scale(r, first.inputs[0]))
     r.put(chain, Step("Attention", call, (*first.inputs, second.inputs[1]), second.outputs, second.node))
@@ -123,7 +125,8 @@ def _take_scale(r: _Rewriter, slot: int | None) -> float:
             return 1.0
         for factor, data in (product.inputs, product.inputs[::-1]):
             number = r.constant(factor)
-            if number is not None and number.numel() == 1 and data is not None:
+            same = r.shape(data) == r.shape(slot)  # a number with more axes than the data gives it those
+            if number is not None and number.numel() == 1 and data is not None and same:
                 r.put([index], Step("Identity", _same, (data,), product.outputs, product.node))
                 return float(number)
         return 1.0

@@ -29,7 +29,8 @@ def failed(op: str, node: str, error: Exception) -> Exception:
 class Step:
     """One call: `inputs` and `outputs` are slots, None an input left out; `node` is the ONNX node it comes from.
 
-    `attributes` and `op` say what it computes, for those who look for steps that one call can do together.
+    `attributes` and `op` say what it computes, for those who look for steps that one call can do together; `opset` says
+    which defaults missing attributes have.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Step:
     outputs: tuple[int, ...]
     node: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    opset: int = 0
 
     def with_inputs(self, *inputs: int | None) -> Step:
         """Return the step reading other slots."""

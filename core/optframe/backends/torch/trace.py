@@ -256,10 +256,8 @@ class _Tracer:
         results = _call(prepared, call, tensors)
         for value, tensor in zip(prepared.node.outputs, results, strict=False):
             self._define(value, tensor)
-        outputs = tuple(self._slots[value] for value, _ in zip(prepared.node.outputs, results, strict=False))
-        self._program.steps.append(
-            Step(prepared.op.op_type, call, tuple(slots), outputs, prepared.op.name, prepared.op.attributes)
-        )
+        outputs, op = tuple(self._slots[v] for v, _ in zip(prepared.node.outputs, results, strict=False)), prepared.op
+        self._program.steps.append(Step(op.op_type, call, tuple(slots), outputs, op.name, op.attributes, op.opset))
 
     def _place(self, inputs: Sequence[ir.Value | None], host: tuple[int, ...]) -> torch.device:
         """Return the host if all that is computed, not constant, lies there, such as shapes that depend on values."""
