@@ -353,9 +353,11 @@ def _depth_to_space(node: OpNode) -> Call:
 
 @op("SpaceToDepth")
 def _space_to_depth(node: OpNode) -> Call:
-    block = node.get("blocksize")
+    block, by_column = node.get("blocksize"), node.get("mode", "DCR") == "CRD"
 
     def space_to_depth(x: Tensor) -> Tensor:
+        if by_column:
+            return F.pixel_unshuffle(x, block)
         n, c, h, w = x.shape
         split = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
         return split.reshape(n, c * block**2, h // block, w // block)

@@ -146,6 +146,8 @@ def _power(x: Tensor, p: float) -> Tensor:
 def _batch_normalization(node: OpNode) -> Call:
     if node.get("training_mode", 0) or node.outputs > 1:
         raise node.unsupported("training")
+    if not node.get("spatial", 1):
+        raise node.unsupported("statistics for each element (spatial = 0)")
     epsilon = node.get("epsilon", 1e-5)
 
     def normalize(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -251,13 +251,14 @@ def _quantize_linear(node: OpNode) -> Call:
 
 @op("DequantizeLinear")
 def _dequantize_linear(node: OpNode) -> Call:
-    axis, block = node.get("axis", 1), node.get("block_size", 0)
+    axis, block, given = node.get("axis", 1), node.get("block_size", 0), node.get("output_dtype", 0)
+    asked = torch_dtype(given, f"the result of DequantizeLinear '{node.name}'") if given else None
 
     def dequantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         level = x.to(torch.float64 if x.dtype == torch.int32 else torch.float32)
         if zero_point is not None:
             level = level - _per_axis(zero_point.to(level.dtype), x, axis, block)
-        return (level * _per_axis(scale.to(level.dtype), x, axis, block)).to(scale.dtype)
+        return (level * _per_axis(scale.to(level.dtype), x, axis, block)).to(asked or scale.dtype)
 
     return dequantize
 

@@ -28,6 +28,9 @@ FAMILIES = (ops_arrays, ops_linear, ops_nn, ops_pointwise, ops_recurrent, ops_re
 
 CONTROL_OPS = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
 
+OLDEST_OPSET = 7
+"""Before it, operands broadcast by attributes of their own and several ops had training among their forms."""
+
 PluginCalls = Mapping[str, Callable[[OpNode], Call]]
 """`domain::name` of a plugin op -> how its kernel is called."""
 
@@ -73,9 +76,13 @@ class Preparer:
         """Return the body of the model's graph.
 
         Raises:
-            InputError: naming every op that has no translation, or a form of an op or a dtype that has none.
+            InputError: naming every op that has no translation, or a form of an op or a dtype that has none; or the
+                model is older than `OLDEST_OPSET`.
         """
-        preparer = cls(graph_module.opset(model), plugins)
+        opset = graph_module.opset(model)
+        if opset < OLDEST_OPSET:
+            raise InputError(f"backend torch takes models of opset {OLDEST_OPSET} and newer, this one is of {opset}")
+        preparer = cls(opset, plugins)
         body = preparer.body(model.graph)
         if preparer._missing:
             ops = ", ".join(f"{name} (node '{node}')" for name, node in sorted(preparer._missing.items()))
