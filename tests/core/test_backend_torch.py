@@ -77,6 +77,15 @@ def test_shape_arithmetic_is_done_once_for_each_size(tmp_path: Path) -> None:
     assert all(program.fixed for program in programs)
 
 
+def test_a_run_on_the_cpu_leaves_settings_of_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the process's: runs in two threads would restore each other's."""
+    runner = opened(model(SHAPES))
+    trace, seen = runner.loaded._trace, list[bool]()
+    monkeypatch.setattr(runner.loaded, "_trace", lambda x: (seen.append(torch.backends.cudnn.benchmark), trace(x))[1])
+    runner.run({"x": floats(2, 6)})
+    assert seen == [torch.backends.cudnn.benchmark]
+
+
 BRANCHES = """graph (bool c, float[4] x) => (float[4] y) {
     y = If (c) <
         then_branch = yes () => (a) { a = Add (x, x) },

@@ -27,8 +27,11 @@ WARM_UP_RUNS = 2
 
 
 @contextmanager
-def arithmetic(tf32: bool) -> Iterator[None]:
-    """Let CUDA round factors of FP32 products to TF32 or not, and cuDNN measure its algorithms, for the time being."""
+def cuda_arithmetic(tf32: bool) -> Iterator[None]:
+    """Let CUDA round factors of FP32 products to TF32 or not, and cuDNN measure its algorithms, for the time being.
+
+    No gradients are kept.
+    """
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = tf32
@@ -59,7 +62,7 @@ class TorchRunner(ClosableRunner[Function]):
         return dict(zip(self._outputs, outputs, strict=True))
 
     def _execute(self, function: Function, tensors: Sequence[Tensor]) -> list[Array]:
-        with arithmetic(tf32=False):
+        with torch.inference_mode():
             return [to_numpy(tensor) for tensor in function(tensors)]
 
     @contextmanager
@@ -117,7 +120,7 @@ class CudaRunner(TorchRunner):
         self._graphs: OrderedDict[Signature, CudaGraph] = OrderedDict()
 
     def _execute(self, function: Function, tensors: Sequence[Tensor]) -> list[Array]:
-        with arithmetic(self._tf32):
+        with cuda_arithmetic(self._tf32):
             return [to_numpy(tensor) for tensor in self._step(function, tensors)()]
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
@@ -127,12 +130,12 @@ class CudaRunner(TorchRunner):
             InputError: names, dtypes or shapes of `feeds` are not those of the model.
         """
         arrays = check_feeds(feeds, self._inputs, self._label)
-        with arithmetic(self._tf32), self._memory():
+        with cuda_arithmetic(self._tf32), self._memory():
             step = self._step(self.loaded, [to_torch(array) for array in arrays.values()])
             torch.cuda.synchronize()
 
         def run() -> None:
-            with arithmetic(self._tf32):
+            with cuda_arithmetic(self._tf32):
                 step()
             torch.cuda.synchronize()
 
