@@ -430,6 +430,54 @@ def test_forms_without_a_translation_are_named_before_anything_runs(case: Case, 
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        Case("Pad", [(2,), ints(1, 1)], {"mode": "no"}),
+        Case("Resize", [(1, 1, 2), None, np.ones(3, np.float32)], {"mode": "no"}),
+        Case("Resize", [(1, 1, 2), None, np.ones(3, np.float32)], {"coordinate_transformation_mode": "no"}),
+        Case("Resize", [(1, 1, 2), None, np.ones(3, np.float32)], {"nearest_mode": "no"}),
+        Case("ScatterElements", [(2,), ints(1), (1,)], {"reduction": "no"}),
+        Case("ScatterND", [(2,), np.array([[1]]), (1,)], {"reduction": "no"}),
+        Case("GridSample", [(1, 1, 2, 2), (1, 1, 1, 2)], {"padding_mode": "no"}),
+        *(Case(op, [(1, 1, 4), (1, 1, 2)], {"auto_pad": "no"}) for op in ("Conv", "ConvTranspose")),
+        *(
+            Case(op, [(1, 1, 4)], {"auto_pad": "no", "kernel_shape": [2]})
+            for op in ("MaxPool", "AveragePool", "LpPool")
+        ),
+        Case("Gelu", attributes={"approximate": "no"}),
+        Case("DepthToSpace", [(1, 4, 2, 2)], {"blocksize": 2, "mode": "no"}),
+        Case("BitShift", BITS, {"direction": "no"}),
+        Case("LSTM", RECURRENT[:3], {"hidden_size": 4, "direction": "no"}),
+    ],
+    ids=lambda case: case.op,
+)
+def test_attributes_of_unknown_values_are_named_before_anything_runs(case: Case) -> None:
+    model, _ = build(case, 0)
+    with pytest.raises(InputError, match=f"no {case.op} with .* = no "):
+        open_model(ir.from_proto(model), "cpu", TorchSettings(), "case")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case("MaxPool", [(1, 1, 4)]), "MaxPool with attributes that are missing or malformed"),
+        (Case("Einsum", [(2,)]), "Einsum with attributes that are missing or malformed"),
+        (Case("Cast", attributes={"to": 99}), "Cast with attributes that are missing or malformed"),
+        (Case("EyeLike", [(2, 2)], {"dtype": TensorProto.STRING}), "result of EyeLike 'node' is a tensor of string"),
+        (
+            Case("ConstantOfShape", [ints(2)], {"value": helper.make_tensor("v", TensorProto.STRING, [1], [b"a"])}),
+            "the value of ConstantOfShape 'node' is a tensor of string",
+        ),
+    ],
+    ids=lambda value: value.op if isinstance(value, Case) else "",
+)
+def test_malformed_nodes_are_named_before_anything_runs(case: Case, words: str) -> None:
+    model, _ = build(case, 0)
+    with pytest.raises(InputError, match=words):
+        open_model(ir.from_proto(model), "cpu", TorchSettings(), "case")
+
+
+@pytest.mark.parametrize(
     ("case", "words"),
     [
         (Case("Squeeze", [(2, 1), ints(0)]), "axes .* are not all of size 1"),

@@ -48,6 +48,8 @@ def _constant_tensor(node: OpNode) -> Tensor:
 @op("ConstantOfShape", host=(0,))
 def _constant_of_shape(node: OpNode) -> Call:
     value = node.get("value")
+    if value is not None:
+        torch_dtype(value.dtype, f"the value of ConstantOfShape '{node.name}'")
     fill = torch.zeros(()) if value is None else to_torch(value.numpy()).reshape(())
     return lambda shape: fill.expand(shape.tolist())
 
@@ -68,11 +70,12 @@ def _reachable(first: float, limit: float, step: float) -> float:
 
 @op("EyeLike")
 def _eye_like(node: OpNode) -> Call:
+    asked = torch_dtype(node.get("dtype"), f"the result of EyeLike '{node.name}'") if node.get("dtype") else None
+
     def eye(x: Tensor) -> Tensor:
-        dtype = torch_dtype(node.get("dtype"), node.name) if node.get("dtype") else x.dtype
         rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
         diagonal: Tensor = columns[None, :] - rows[:, None]
-        return torch.eq(diagonal, node.get("k", 0)).to(dtype)
+        return torch.eq(diagonal, node.get("k", 0)).to(asked or x.dtype)
 
     return eye
 
@@ -198,7 +201,7 @@ def _cut_axis(x: Tensor, start: int, end: int, axis: int, step: int) -> Tensor:
 
 @op("Pad", host=(1, 2, 3))
 def _pad(node: OpNode) -> Call:
-    mode = node.get("mode", "constant")
+    mode = node.choice("mode", "constant", "edge", "reflect", "wrap")
 
     def pad(x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
         amounts: Sequence[int] = node.get("pads", ()) if pads is None else pads.tolist()
@@ -280,7 +283,7 @@ _REDUCE_NAMES = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 @op("ScatterElements", "Scatter")
 def _scatter_elements(node: OpNode) -> Call:
-    axis, reduction = node.get("axis", 0), node.get("reduction", "none")
+    axis, reduction = node.get("axis", 0), node.choice("reduction", "none", *_REDUCE_NAMES)
 
     def scatter(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         places = _from_end(indices, x.shape[axis])
@@ -300,7 +303,7 @@ def _checked(indices: Tensor, size: int) -> Tensor:
 
 @op("ScatterND")
 def _scatter_nd(node: OpNode) -> Call:
-    reduction = node.get("reduction", "none")
+    reduction = node.choice("reduction", "none", *_REDUCE_NAMES)
 
     def scatter(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         depth = indices.shape[-1]
@@ -339,7 +342,7 @@ def _trilu(node: OpNode) -> Call:
 
 @op("DepthToSpace")
 def _depth_to_space(node: OpNode) -> Call:
-    block, by_column = node.get("blocksize"), node.get("mode", "DCR") == "CRD"
+    block, by_column = node.get("blocksize"), node.choice("mode", "DCR", "CRD") == "CRD"
 
     def depth_to_space(x: Tensor) -> Tensor:
         if by_column:
@@ -353,7 +356,7 @@ def _depth_to_space(node: OpNode) -> Call:
 
 @op("SpaceToDepth")
 def _space_to_depth(node: OpNode) -> Call:
-    block, by_column = node.get("blocksize"), node.get("mode", "DCR") == "CRD"
+    block, by_column = node.get("blocksize"), node.choice("mode", "DCR", "CRD") == "CRD"
 
     def space_to_depth(x: Tensor) -> Tensor:
         if by_column:

@@ -64,10 +64,15 @@ def _matmul_integer(node: OpNode) -> Call:
     return matmul
 
 
+def auto_pad(node: OpNode) -> str:
+    """Return the attribute, which a translation asks for before anything runs."""
+    return node.choice("auto_pad", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
+
+
 def resolve_pads(node: OpNode, sizes: Sequence[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
     """Return what `auto_pad` or `pads` put before and after each spatial axis."""
     rank = len(kernel)
-    auto = node.get("auto_pad", "NOTSET")
+    auto = auto_pad(node)
     if auto == "VALID":
         return [(0, 0)] * rank
     if auto == "NOTSET":
@@ -81,10 +86,10 @@ def resolve_pads(node: OpNode, sizes: Sequence[int], kernel: Sequence[int]) -> l
     return around
 
 
-def _halves(total: int, auto_pad: str) -> tuple[int, int]:
+def _halves(total: int, auto: str) -> tuple[int, int]:
     """Return what of a total comes before and after; the odd one is after for SAME_UPPER, before for others."""
     small = int(total / 2)  # towards 0 for negative totals as well
-    return (small, total - small) if auto_pad == "SAME_UPPER" else (total - small, small)
+    return (small, total - small) if auto == "SAME_UPPER" else (total - small, small)
 
 
 def pad_spatial(x: Tensor, around: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
@@ -95,6 +100,7 @@ def pad_spatial(x: Tensor, around: Sequence[tuple[int, int]], value: float = 0.0
 @op("Conv")
 def _conv(node: OpNode) -> Call:
     group = node.get("group", 1)
+    auto_pad(node)
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rank = weight.ndim - 2
@@ -127,6 +133,8 @@ def _conv_integer(node: OpNode) -> Call:
 
 @op("ConvTranspose")
 def _conv_transpose(node: OpNode) -> Call:
+    auto_pad(node)
+
     def conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rank = weight.ndim - 2
         strides, dilations = node.get("strides") or [1] * rank, node.get("dilations") or [1] * rank
@@ -148,7 +156,7 @@ def _transposed_pads(
 ) -> list[tuple[int, int]]:
     """Return what is cut off each end: `pads`, or what makes the output as large as asked."""
     rank = weight.ndim - 2
-    wanted, auto = node.get("output_shape"), node.get("auto_pad", "NOTSET")
+    wanted, auto = node.get("output_shape"), auto_pad(node)
     if wanted is None and auto in ("NOTSET", "VALID"):
         return resolve_pads(node, x.shape[2:], weight.shape[2:])
     if wanted is None:

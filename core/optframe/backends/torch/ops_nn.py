@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optframe.backends.torch.dtypes import wide
-from optframe.backends.torch.ops_linear import pad_spatial, resolve_pads
+from optframe.backends.torch.ops_linear import auto_pad, pad_spatial, resolve_pads
 from optframe.backends.torch.registry import Call, OpNode, enter_calls, op
 
 
@@ -27,7 +27,8 @@ _AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _kernel(node: OpNode) -> list[int]:
-    """Return a pool's window; windows of more axes than torch's are named before anything runs."""
+    """Return a pool's window; one of more axes than torch's, or unknown padding, is named before anything runs."""
+    auto_pad(node)
     kernel = list(node.get("kernel_shape"))
     if len(kernel) not in _MAX_POOLS:
         raise node.unsupported(f"a window of {len(kernel)} axes")
@@ -241,7 +242,8 @@ def _local_response_normalization(node: OpNode) -> Call:
 
 @op("GridSample")
 def _grid_sample(node: OpNode) -> Call:
-    modes = {"linear": "bilinear", "cubic": "bicubic"}
-    mode = modes.get(node.get("mode", "bilinear"), node.get("mode", "bilinear"))
-    padding, corners = node.get("padding_mode", "zeros"), bool(node.get("align_corners", 0))
+    mode = node.choice("mode", "bilinear", "bicubic", "nearest", "linear", "cubic")
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    padding = node.choice("padding_mode", "zeros", "border", "reflection")
+    corners = bool(node.get("align_corners", 0))
     return lambda x, grid: F.grid_sample(x, grid, mode, padding, corners)

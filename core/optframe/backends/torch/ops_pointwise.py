@@ -143,7 +143,8 @@ def _hard_sigmoid(node: OpNode) -> Call:
 
 @op("Gelu")
 def _gelu(node: OpNode) -> Call:
-    return lambda x: F.gelu(x, approximate=node.get("approximate", "none"))
+    approximate = node.choice("approximate", "none", "tanh")
+    return lambda x: F.gelu(x, approximate=approximate)
 
 
 @op("Swish")
@@ -194,7 +195,7 @@ def _mod(node: OpNode) -> Call:
 
 @op("BitShift")
 def _bit_shift(node: OpNode) -> Call:
-    left = node.get("direction") == "LEFT"
+    left = node.choice("direction", "RIGHT", "LEFT") == "LEFT"
     shift = torch.bitwise_left_shift if left else torch.bitwise_right_shift
 
     def bit_shift(x: Tensor, by: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ _GATE_ORDER = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 @op("LSTM", "GRU", "RNN")
 def _recurrent(node: OpNode) -> Call:
     _check(node)
-    directions = 2 if node.get("direction", "forward") == "bidirectional" else 1
-    batch_first, backward = bool(node.get("layout", 0)), node.get("direction", "forward") == "reverse"
+    direction = node.choice("direction", "forward", "reverse", "bidirectional")
+    directions, backward = 2 if direction == "bidirectional" else 1, direction == "reverse"
+    batch_first = bool(node.get("layout", 0))
 
     def recurrent(
         x: Tensor,

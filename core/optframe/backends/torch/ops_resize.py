@@ -18,6 +18,16 @@ Taps = list[tuple[Tensor, Tensor | None]]
 WHOLE = 1e-6
 """Far above what float64 loses in sums of 16-bit numbers, far below what a weight that is no rounding error makes."""
 
+COORDINATES = (
+    "half_pixel",
+    "half_pixel_symmetric",
+    "pytorch_half_pixel",
+    "align_corners",
+    "asymmetric",
+    "tf_half_pixel_for_nn",
+)
+"""Where on the input an output element lies; the default first. ONNX has tf_crop_and_resize besides."""
+
 MOST_TAPS = 64
 """Of so many sizes, which values may choose, a node keeps its taps on a CPU. CUDA graphs read theirs: those stay."""
 
@@ -28,8 +38,6 @@ _Array = np.ndarray[Any, Any]
 def _resize(node: OpNode) -> Call:
     if node.get("antialias", 0) or node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise node.unsupported("antialiasing or a kept aspect ratio")
-    if node.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise node.unsupported("tf_crop_and_resize")
     resizer = _Resizer(node)
     if node.opset < 11:
         return lambda x, scales: resizer(x, scales, None)
@@ -47,9 +55,9 @@ class _Resizer:
 
     def __init__(self, node: OpNode) -> None:
         old = node.op_type == "Upsample" or node.opset < 11
-        self._mode = node.get("mode", "nearest")
-        self._coordinates = "asymmetric" if old else node.get("coordinate_transformation_mode", "half_pixel")
-        self._nearest = None if old else node.get("nearest_mode", "round_prefer_floor")
+        self._mode = node.choice("mode", "nearest", "linear", "cubic")
+        self._coordinates = "asymmetric" if old else node.choice("coordinate_transformation_mode", *COORDINATES)
+        self._nearest = None if old else node.choice("nearest_mode", *_ROUNDINGS)
         """None: as opset 10 has it, up when the tensor shrinks and down else."""
         self._cubic, self._exclude = node.get("cubic_coeff_a", -0.75), bool(node.get("exclude_outside", 0))
         self._axes = node.get("axes")
@@ -85,7 +93,7 @@ class _Resizer:
         source = _source(self._coordinates, np.arange(after, dtype=np.float64), before, after, scale)
         if self._mode == "nearest":
             how = "ceil" if self._nearest is None and scale < 1 else self._nearest or "floor"
-            index = _round(how, source).clip(0, before - 1)
+            index = _ROUNDINGS[how](source).clip(0, before - 1)
             return [(torch.from_numpy(index.astype(np.int64)).to(x.device), None)]
         offsets = range(2) if self._mode == "linear" else range(-1, 3)
         floor = np.floor(source)
@@ -146,14 +154,12 @@ def _source(mode: str, i: _Array, before: int, after: int, scale: float) -> _Arr
     return shift + (i + 0.5) / scale - 0.5
 
 
-def _round(mode: str, source: _Array) -> _Array:
-    roundings: dict[str, Callable[[_Array], _Array]] = {
-        "round_prefer_floor": lambda x: np.ceil(x - 0.5),
-        "round_prefer_ceil": lambda x: np.floor(x + 0.5),
-        "floor": np.floor,
-        "ceil": np.ceil,
-    }
-    return roundings[mode](source)
+_ROUNDINGS: dict[str, Callable[[_Array], _Array]] = {
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
 
 
 def _cubic(distance: _Array, a: float) -> _Array:

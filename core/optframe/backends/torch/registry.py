@@ -27,6 +27,17 @@ class OpNode:
         """Return an attribute's value, or `default`."""
         return self.attributes.get(attribute, default)
 
+    def choice(self, attribute: str, *known: str) -> str:
+        """Return a string attribute, whose default is the first of those that are known.
+
+        Raises:
+            InputError: it is none of them.
+        """
+        value = self.attributes.get(attribute, known[0])
+        if value not in known:
+            raise self.unsupported(f"{attribute} = {value}")
+        return str(value)
+
     def has(self, index: int) -> bool:
         """Return whether the node has an input there."""
         return index < len(self.present) and self.present[index]

@@ -128,7 +128,11 @@ class Preparer:
         if translation is None:
             self._missing.setdefault(node.op_type, op.name)
             return Prepared(node, op, None)
-        return Prepared(node, op, translation.build(op), translation.host, translation.data_shaped)
+        try:
+            call = translation.build(op)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise op.unsupported("attributes that are missing or malformed") from error
+        return Prepared(node, op, call, translation.host, translation.data_shaped)
 
 
 def _checked(value: ir.Value) -> ir.TensorProtocol:
