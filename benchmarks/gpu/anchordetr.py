@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import datetime
 import json
 import statistics
 import time
@@ -118,7 +117,7 @@ class Bench:
             "p90_ms": round(p90, 3),
             "logits_max_abs": errors[0],
             "boxes_max_abs": errors[1],
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": results.date(),
         }
 
 

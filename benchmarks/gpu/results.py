@@ -35,13 +35,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def date() -> str:
+    """Return date and time of now, as results have them."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def environment(command: str) -> dict[str, Any]:
     """Return the GPU with its clocks right now, versions, date and the command that measures the same again."""
     versions = {package: version for package in _PACKAGES if (version := _version(package))}
     return {
         "gpu": _gpu(),
         "versions": {"python": platform.python_version(), **versions},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": date(),
         "command": command,
     }
 

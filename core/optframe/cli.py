@@ -15,14 +15,22 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from optframe import __version__, interrupts
 from optframe.commands import BUILTIN_COMMANDS
-from optframe.errors import EnvironmentLacks, InputError, OptframeError, PluginError, describe, unknown_name
+from optframe.errors import (
+    PLUGIN_ERRORS,
+    EnvironmentLacks,
+    InputError,
+    OptframeError,
+    PluginError,
+    describe,
+    unknown_name,
+)
 from optframe.session import Session
 from optframe.types import CommandSpec, load_target
 
@@ -72,7 +80,7 @@ class LazyGroup(TyperGroup):
         session = _session(ctx)
         try:
             super().invoke(ctx)
-        except (Exception, SystemExit) as error:  # an exit amid the work would look like its end
+        except PLUGIN_ERRORS as error:  # an exit amid the work would look like its end
             culprit = session.culprit(error) if _is_unforeseen(error) else None
             if culprit is None:
                 raise
@@ -140,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(error: Exception, debug: bool) -> int:
     """Print `error` as a user should see it, and return the exit status it means."""
     Session(debug=debug).show_traceback(error)
-    if isinstance(error, OSError) and _is_full_disk(error):
+    if _is_full_disk(error):
         error = EnvironmentLacks(f"cannot write: {error.strerror}; free space")
     if isinstance(error, OptframeError):
         message, status = str(error), error.exit_status
@@ -153,7 +161,7 @@ def _show(error: Exception, debug: bool) -> int:
     return status
 
 
-def _is_full_disk(error: BaseException) -> bool:
+def _is_full_disk(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

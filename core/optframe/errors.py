@@ -44,6 +44,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}': {hint}")
 
 
+PLUGIN_ERRORS = (Exception, SystemExit)
+"""What a plugin's code may raise without taking the program down."""
+
+
 def a_type(value: object) -> str:
     """Return in words of which type a `value` is that should have been something else."""
     return "None" if value is None else f"an object of type {type(value).__name__}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import pluggy
 
 from optframe import hookspec
-from optframe.errors import PluginError, a_type, describe, unknown_name
+from optframe.errors import PLUGIN_ERRORS, PluginError, a_type, describe, unknown_name
 from optframe.hookspec import PROJECT
 from optframe.types import BackendSpec, CalibratorSpec, CommandSpec, ModelSpec, OpSpec, PassSpec, PipelineSpec
 
@@ -31,9 +31,6 @@ PluginState = Literal["loaded", "failed", "disabled"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What a contribution may be called: such a name needs no quotes in a pipeline's text or a shell."""
-
-PLUGIN_ERRORS = (Exception, SystemExit)
-"""What a plugin's code may raise without taking the program down."""
 
 
 @dataclass(frozen=True)

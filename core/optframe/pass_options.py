@@ -66,6 +66,17 @@ def require_text_form(owner: str, name: str, kind: Any) -> None:
         raise PluginError(f"{owner}: option '{name}' is of a type with no text form: {kind}")
 
 
+def read_option(owner: str, name: str, kind: Any, text: str) -> Any:
+    """Return the value that `text`, given alone, has for the option `name` of `owner`, annotated as `kind`.
+
+    Raises:
+        PluginError: no text can be of that type.
+        ValueError: this one is not; the message goes behind the option's name.
+    """
+    require_text_form(owner, name, kind)
+    return read_value(kind, Word(text, quoted=False, column=1))
+
+
 def option_default(field: Field[Any]) -> Any:
     """Return the default of an option, MISSING where it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()

@@ -9,8 +9,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from optframe.commands import BUILTIN_COMMANDS
-from optframe.errors import InputError, PluginError, describe, unknown_name
-from optframe.host import PLUGIN_ERRORS, Contribution, PluginHost, PluginProblem, Spec
+from optframe.errors import PLUGIN_ERRORS, InputError, PluginError, describe, unknown_name
+from optframe.host import Contribution, PluginHost, PluginProblem, Spec
 from optframe.pass_options import option_default, option_types
 from optframe.passes import Dialect, GraphPass
 from optframe.pipeline import read_one

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from optframe import breadcrumbs
-from optframe.errors import OptframeError, PluginError, a_type, describe
+from optframe.errors import PLUGIN_ERRORS, OptframeError, PluginError, a_type, describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ def _call(role: str, reference: str, *arguments: Any) -> Any:
             return target(*arguments)
         except OptframeError:
             raise
-        except (Exception, SystemExit) as error:  # an author's code may raise anything
+        except PLUGIN_ERRORS as error:
             raise PluginError(f"{role} {reference} raised {describe(error)}") from error
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from optframe import files, typed_json
 from optframe.engines import sidecar
 from optframe.errors import InputError, unknown_name
-from optframe.pass_options import Word, read_value, require_text_form
+from optframe.pass_options import read_option
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,9 +36,8 @@ def parse_settings(kind: type[Settings], backend: str, options: Mapping[str, str
     for name, text in options.items():
         if name not in kinds:
             raise unknown_name(f"option of backend {backend}", name, kinds)
-        require_text_form(f"backend {backend}", name, kinds[name])
         try:
-            values[name] = read_value(kinds[name], Word(text, quoted=False, column=1))
+            values[name] = read_option(f"backend {backend}", name, kinds[name], text)
         except ValueError as error:
             raise InputError(f"backend {backend}: {name} {error}") from error
     return kind(**values)

@@ -14,7 +14,7 @@ from optframe import api
 from optframe.commands import options as shared
 from optframe.commands.progress import Progress
 from optframe.errors import CheckFailed, InputError
-from optframe.pass_options import Word, read_value, require_text_form
+from optframe.pass_options import read_option
 from optframe.report import RunReport, summary_lines, summary_table
 from optframe.session import Session
 from optframe.stages import RunRequest
@@ -149,9 +149,8 @@ def _read(model: str, name: str, kind: Any, text: str) -> Any:
         return Path(text)
     if get_origin(kind) is tuple:
         return shared.read_shape(text)
-    require_text_form(f"model {model}", name, kind)
     try:
-        return read_value(kind, Word(text, quoted=False, column=1))
+        return read_option(f"model {model}", name, kind, text)
     except ValueError as error:
         raise InputError(f"--model-option {name} {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,17 @@ class EngineStages:
             raise PluginError(f"backend {self.name}: missing() gives {a_type(lacking)}, not None or text")
         if lacking:
             raise EnvironmentLacks(f"backend {self.name} does not work here: {lacking}")
-        versions = self.backend.versions()
-        if not isinstance(versions, Mapping):
-            raise PluginError(f"backend {self.name}: versions() gives {a_type(versions)}, not a mapping")
+        _ = self._versions  # which it may give wrongly
         if isinstance(self.backend, CheckingBackend):
             self.backend.check(self._options("fp32"))
+
+    @cached_property
+    def _versions(self) -> Mapping[str, str]:
+        """What the backend says of itself and of what it builds with, asked once a run."""
+        versions: object = self.backend.versions()
+        if not isinstance(versions, Mapping):
+            raise PluginError(f"backend {self.name}: versions() gives {a_type(versions)}, not a mapping")
+        return versions
 
     def _options(self, kind: Precision) -> BuildOptions:
         """Return what the backend is asked to build: of all options those that are its own."""
@@ -163,7 +170,7 @@ class EngineStages:
             inputs={"model": model},
             options={
                 "backend": self.name,
-                "versions": self.backend.versions(),
+                "versions": self._versions,
                 "precision": options.precision,
                 "device": options.device,
                 "options": dict(options.options),
@@ -174,7 +181,7 @@ class EngineStages:
     def _on_engine(self, stage: str, action: Callable[[Path], None], built: StageResult, engine: Engine) -> StageResult:
         """Run a stage that opens `engine` and feeds it; what it finds holds for this machine and these versions."""
         inputs, options = self.context.key("feeds")
-        place = {"machine": environment.machine_name(engine.device), "versions": self.backend.versions()}
+        place = {"machine": environment.machine_name(engine.device), "versions": self._versions}
         return self.context.runner.run(
             stage,
             action,

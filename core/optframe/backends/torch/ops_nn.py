@@ -41,11 +41,6 @@ def _average(x: Tensor, kernel: list[int], strides: list[int]) -> Tensor:
     return _AVERAGE_POOLS[len(kernel)](wide(x) if volume else x, kernel, strides).to(x.dtype)
 
 
-def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """F.group_norm refuses groups of one element."""
-    return torch.group_norm(x, groups, scale, bias, epsilon)
-
-
 def _spatial(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
@@ -160,7 +155,8 @@ def _batch_normalization(node: OpNode) -> Call:
 @op("InstanceNormalization")
 def _instance_normalization(node: OpNode) -> Call:
     epsilon = node.get("epsilon", 1e-5)
-    return lambda x, scale, bias: _group_norm(x, x.shape[1], scale, bias, epsilon)
+    # F.group_norm refuses groups of one element
+    return lambda x, scale, bias: torch.group_norm(x, x.shape[1], scale, bias, epsilon)
 
 
 @op("GroupNormalization")
@@ -171,7 +167,7 @@ def _group_normalization(node: OpNode) -> Call:
         """Before opset 21 there was one scale a group."""
         if scale.shape[0] != x.shape[1]:
             scale, bias = (p.repeat_interleave(x.shape[1] // groups) for p in (scale, bias))
-        return _group_norm(x, groups, scale, bias, epsilon)
+        return torch.group_norm(x, groups, scale, bias, epsilon)
 
     return normalize
 

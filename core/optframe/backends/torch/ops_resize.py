@@ -92,7 +92,7 @@ class _Resizer:
     def _make_taps(self, before: int, after: int, scale: float, x: Tensor) -> Taps:
         source = _source(self._coordinates, np.arange(after, dtype=np.float64), before, after, scale)
         if self._mode == "nearest":
-            how = "ceil" if self._nearest is None and scale < 1 else self._nearest or "floor"
+            how = self._nearest or ("ceil" if scale < 1 else "floor")
             index = _ROUNDINGS[how](source).clip(0, before - 1)
             return [(torch.from_numpy(index.astype(np.int64)).to(x.device), None)]
         offsets = range(2) if self._mode == "linear" else range(-1, 3)

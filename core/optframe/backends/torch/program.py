@@ -13,16 +13,24 @@ from optframe.backends.torch.registry import Call
 from optframe.errors import InputError
 from optframe.types import TensorInfo
 
-FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
+_FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
 """What torch raises for inputs that a call does not take."""
 
 
-def failed(op: str, node: str, error: Exception) -> Exception:
-    """Return the error for a call that failed on its inputs; lack of memory is left as it is."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return error
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"backend torch cannot run {op} (node '{node}') on these inputs: {reason}")
+def perform(call: Call, inputs: Iterable[Tensor | None], op: str, node: str) -> tuple[Tensor, ...]:
+    """Return the outputs of a call, which is the op of an ONNX node.
+
+    Raises:
+        InputError: it fails on its inputs, such as on an index that is out of range.
+    """
+    try:
+        result = call(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"backend torch cannot run {op} (node '{node}') on these inputs: {reason}") from error
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @dataclass(frozen=True)
@@ -126,21 +134,15 @@ class Executable:
         """Return the outputs for inputs of the shapes that the program was made for.
 
         Raises:
-            InputError: a call fails on its inputs, such as an index that is out of range.
+            InputError: a call fails on its inputs.
         """
         values = self._start.copy()
         for slot, tensor in zip(self.program.inputs, tensors, strict=True):
             values[slot] = tensor
         for step, free in self._plan:
-            try:
-                result = step.call(*[None if slot is None else values[slot] for slot in step.inputs])
-            except FAILURES as error:
-                raise failed(step.op, step.node, error) from error
-            if isinstance(result, Tensor):
-                values[step.outputs[0]] = result
-            else:
-                for slot, part in zip(step.outputs, result, strict=False):
-                    values[slot] = part
+            inputs = [None if slot is None else values[slot] for slot in step.inputs]
+            for slot, result in zip(step.outputs, perform(step.call, inputs, step.op, step.node), strict=False):
+                values[slot] = result
             for slot in free:
                 values[slot] = None
         return [output for slot in self.program.outputs if (output := values[slot]) is not None]

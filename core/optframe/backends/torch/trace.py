@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optframe.backends.torch import control
 from optframe.backends.torch.dtypes import info, torch_dtype
-from optframe.backends.torch.program import FAILURES, Executable, Program, Step, failed
+from optframe.backends.torch.program import Executable, Program, Step, perform
 from optframe.backends.torch.registry import Call
 from optframe.backends.torch.source import Body, Prepared
 
@@ -122,12 +122,7 @@ def _reads(prepared: Prepared) -> list[ir.Value]:
 
 
 def _call(prepared: Prepared, call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Return the outputs of a node's call."""
-    try:
-        result = call(*tensors)
-    except FAILURES as error:
-        raise failed(prepared.op.op_type, prepared.op.name, error) from error
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return perform(call, tensors, prepared.op.op_type, prepared.op.name)
 
 
 def _nothing(value: ir.Value, device: torch.device) -> Tensor:
@@ -256,7 +251,8 @@ class _Tracer:
         results = _call(prepared, call, tensors)
         for value, tensor in zip(prepared.node.outputs, results, strict=False):
             self._define(value, tensor)
-        outputs, op = tuple(self._slots[v] for v, _ in zip(prepared.node.outputs, results, strict=False)), prepared.op
+        op = prepared.op
+        outputs = tuple(self._slots[value] for value, _ in zip(prepared.node.outputs, results, strict=False))
         self._program.steps.append(Step(op.op_type, call, tuple(slots), outputs, op.name, op.attributes, op.opset))
 
     def _place(self, inputs: Sequence[ir.Value | None], host: tuple[int, ...]) -> torch.device:
