@@ -204,7 +204,7 @@ struct QueryTile {
     for (int half = 0; half < 2; ++half) {
       const int query = first + row() + half * 8;
       const Type* source = queries + static_cast<size_t>(query) * kPitch + channel();
-      float item[8] = {};
+      alignas(16) float item[8] = {};
       if (query < count) {
         if constexpr (Aligned) {
           reinterpret_cast<float4*>(item)[0] = reinterpret_cast<const float4*>(source)[0];

@@ -11,6 +11,7 @@ from optframe.types import Defines, KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels.checks import (
     CUDA_TYPES,
     INT32_MAX,
+    ITEM_BYTES,
     cdiv,
     pad,
     require,
@@ -31,9 +32,6 @@ _MANY_QUERIES, _FEW_QUERIES = 16, 8
 
 _MOST_GROUPS = 24
 """Groups of 8 columns, times tiles, whose row weights a warp's registers hold without spilling: 192 columns."""
-
-_FACTOR_BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
-"""What tensor cores multiply, and the bytes that it takes in memory."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def rcda_launch(
         InputError: shapes, dtypes or num_heads do not fit, or h + w is beyond the kernel.
     """
     sizes, common = _checked(inputs, outputs, attributes)
-    path = _tensor_cores(sizes, _factors(outputs[0].dtype, attributes)) or _general(sizes)
+    path = _tensor_cores(sizes, _multiplied(outputs[0].dtype, attributes)) or _general(sizes)
     return path.launch(sizes, (*common, *path.defines()))
 
 
@@ -81,7 +79,7 @@ def rcda_reuse(
         InputError: the call does not fit the op or this kernel.
     """
     sizes, common = _checked(inputs, outputs, attributes)
-    path = _path_of(dict(defines), _factors(outputs[0].dtype, attributes))
+    path = _path_of(dict(defines), _multiplied(outputs[0].dtype, attributes))
     require((*common, *path.defines()) == defines, f"{_OP}: the kernel is one for other tensors or heads")
     require(path.fits(sizes), f"{_OP}: {sizes.height} x {sizes.width} is too large for this kernel")
     return path.launch(sizes, defines)
@@ -157,11 +155,11 @@ def _checked(
     return sizes, _texts(defines)
 
 
-def _factors(dtype: str, attributes: Mapping[str, object]) -> str | None:
-    """Return what tensor cores may multiply for tensors of this dtype; None where they may not."""
+def _multiplied(dtype: str, attributes: Mapping[str, object]) -> str | None:
+    """Return the dtype if tensor cores may multiply it, float32 as TF32; else None."""
     allowed = attributes.get("allow_tf32", 0)
     require(allowed in (0, 1), f"{_OP}: allow_tf32 is {allowed!r}, but must be 0 or 1")
-    return dtype if dtype != "float32" else "tf32" if allowed else None
+    return dtype if dtype != "float32" or allowed else None
 
 
 def _texts(defines: Mapping[str, object]) -> Defines:
@@ -184,12 +182,12 @@ class _Path(Protocol):
 
 @dataclass(frozen=True)
 class _TensorCores:
-    """Warps of `tiles` times 16 queries, `stages` rows of V at hand, up to `groups` times 8 columns."""
+    """Warps of `tiles` times 16 queries, `stages` rows of V at hand, up to `groups` times 8 columns of `dtype`."""
 
     tiles: int
     stages: int
     groups: int
-    factors: str
+    dtype: str
     warps: int = 4
 
     @property
@@ -198,7 +196,7 @@ class _TensorCores:
 
     def shared_bytes(self, height: int) -> int:
         """Rows of V, column keys and column weights, those padded against bank conflicts."""
-        head_bytes = 32 * _FACTOR_BYTES[self.factors]
+        head_bytes = 32 * ITEM_BYTES[self.dtype]
         return self.stages * self.groups * 8 * head_bytes + cdiv(height, 8) * 8 * (
             head_bytes + (self.queries // 2 + 4) * 4
         )
@@ -211,8 +209,8 @@ class _TensorCores:
         return _texts(
             {
                 "RCDA_TENSOR_CORES": 1,
-                "RCDA_BFLOAT16": int(self.factors == "bfloat16"),
-                "RCDA_TF32": int(self.factors == "tf32"),
+                "RCDA_BFLOAT16": int(self.dtype == "bfloat16"),
+                "RCDA_TF32": int(self.dtype == "float32"),
                 "RCDA_WARPS": self.warps,
                 "RCDA_TILES": self.tiles,
                 "RCDA_STAGES": self.stages,
@@ -249,17 +247,17 @@ def _query_bytes(sizes: RCDASizes) -> int:
     return (sizes.height + sizes.width) * 4
 
 
-def _tensor_cores(sizes: RCDASizes, factors: str | None) -> _TensorCores | None:
+def _tensor_cores(sizes: RCDASizes, dtype: str | None) -> _TensorCores | None:
     """Return the first path that registers and shared memory hold, of those measured best on an H200; None if none.
 
     They were measured with 16-bit factors.
     """
-    if factors is None or sizes.head_size != 32:
+    if dtype is None or sizes.head_size != 32:
         return None
     large_blocks = cdiv(sizes.queries, 128) * sizes.heads * sizes.images
     for tiles in (2, 1) if large_blocks >= _ENOUGH_BLOCKS else (1,):
         for stages in (3, 2):
-            path = _TensorCores(tiles, stages, cdiv(sizes.width, 8), factors)
+            path = _TensorCores(tiles, stages, cdiv(sizes.width, 8), dtype)
             if path.fits(sizes):
                 return path
     return None
@@ -273,16 +271,16 @@ def _general(sizes: RCDASizes) -> _General:
     return _General(min(4, SHARED_BYTES // (queries * _query_bytes(sizes))), queries)
 
 
-def _path_of(defines: Mapping[str, str], factors: str | None) -> _Path:
-    """Return the path that a kernel with these defines takes, if it multiplies such factors."""
+def _path_of(defines: Mapping[str, str], dtype: str | None) -> _Path:
+    """Return the path that a kernel with these defines takes, on tensor cores if they may multiply a `dtype`."""
 
     def number(name: str) -> int:
         return int(defines.get(name, "0"))
 
-    if number("RCDA_TENSOR_CORES") and factors is not None:
+    if number("RCDA_TENSOR_CORES") and dtype is not None:
         names = ("RCDA_TILES", "RCDA_STAGES", "RCDA_WIDTH_GROUPS")
         tiles, stages, groups = map(number, names)
-        return _TensorCores(tiles, stages, groups, factors, number("RCDA_WARPS"))
+        return _TensorCores(tiles, stages, groups, dtype, number("RCDA_WARPS"))
     return _General(number("RCDA_WARPS"), number("RCDA_QUERIES"))
 
 
