@@ -4,7 +4,10 @@
 // are 1; kernels/layernorm.py sets every LN_ macro. Outputs must not overlap inputs.
 //
 // A group of LN_LANES threads normalises a row and keeps it in registers: a warp or a part of one for short rows
-// (shuffles, no shared memory), a block for longer ones. Where LN_LONG is 1 a block reads its row twice instead.
+// (shuffles, no shared memory), a block for longer ones. Where LN_LONG is 1 a block reads its row twice instead, the
+// second time from the caches, which were told to keep it: without the row more threads fit, and hide latency better.
+//
+// LN_EARLY: whether parameters are loaded with the row. LN_LARGE_ROWS: from how many rows on no cache holds the matrix.
 //
 // Statistics in float32, exact for large offsets: sums are of the distances to the mean of the first few elements
 // (shifted data: Chan, Golub, LeVeque 1983, section 3), both in one reduction, which is what a small row waits for.
@@ -37,18 +40,48 @@ struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Pack {
   T item[kVector];
 };
 
-// `Once`: nobody needs these bytes again soon, so caches give them up first.
-template <bool Aligned, bool Once = false, typename T>
+// When bytes are needed again: what a load tells the caches.
+enum class Reuse {
+  kAny,   // some time
+  kNone,  // never: they are given up first
+  kSoon,  // by the same block: they are given up last
+  kDone,  // no more, after kSoon
+};
+
+// The marks of both caches: without that of the second level, rows of 16 KB take 4 % longer.
+#define LN_MARKED_LOAD(word, source, mark)                                                 \
+  unsigned long long policy;                                                               \
+  asm("createpolicy.fractional.L2::" mark ".b64 %0;" : "=l"(policy));                      \
+  asm volatile("ld.global.L1::" mark ".L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"  \
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)                    \
+               : "l"(source), "l"(policy))
+
+template <Reuse Next>
+__device__ __forceinline__ uint4 load_word(const uint4* source) {
+  uint4 word;
+  if constexpr (Next == Reuse::kAny) {
+    word = *source;
+  } else if constexpr (Next == Reuse::kNone) {
+    word = __ldcs(source);
+  } else if constexpr (Next == Reuse::kSoon) {
+    LN_MARKED_LOAD(word, source, "evict_last");
+  } else {
+    LN_MARKED_LOAD(word, source, "evict_first");
+  }
+  return word;
+}
+
+template <bool Aligned, Reuse Next = Reuse::kAny, typename T>
 __device__ __forceinline__ Pack<T> load(const T* source) {
-  if constexpr (Aligned && Once && sizeof(Pack<T>) == 16) {
-    const uint4 word = __ldcs(reinterpret_cast<const uint4*>(source));
+  if constexpr (Aligned && sizeof(Pack<T>) == 16) {
+    const uint4 word = load_word<Next>(reinterpret_cast<const uint4*>(source));
     return reinterpret_cast<const Pack<T>&>(word);
   } else if constexpr (Aligned) {
     return *reinterpret_cast<const Pack<T>*>(source);
   } else {
     Pack<T> pack;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) pack.item[i] = Once ? __ldcs(source + i) : source[i];
+    for (int i = 0; i < kVector; ++i) pack.item[i] = source[i];
     return pack;
   }
 }
@@ -71,11 +104,6 @@ __device__ __forceinline__ Type add(Type x, Type skip) {
   return static_cast<Type>(static_cast<float>(x) + static_cast<float>(skip));
 }
 
-__device__ __forceinline__ void widen(float (&value)[kVector], const Pack<Type>& pack) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) value[i] = static_cast<float>(pack.item[i]);
-}
-
 // A row as its group's lanes see it.
 template <bool Aligned>
 struct Row {
@@ -91,11 +119,11 @@ struct Row {
   }
 
   // kVector elements of x, or of x + skip rounded to their type, as the second output holds it.
-  template <bool Once = false>
+  template <Reuse Next = Reuse::kAny>
   __device__ __forceinline__ Pack<Type> read(int column) const {
-    Pack<Type> pack = load<Aligned, Once>(x + column);
+    Pack<Type> pack = load<Aligned, Next>(x + column);
     if constexpr (LN_SKIP) {
-      const Pack<Type> other = load<Aligned, Once>(skip + column);
+      const Pack<Type> other = load<Aligned, Next>(skip + column);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) pack.item[i] = add(pack.item[i], other.item[i]);
     }
@@ -126,12 +154,13 @@ struct Parameters {
     if constexpr (LN_BIAS) bias = load<Aligned>(row.bias + column);
   }
 
-  // (value * factor + shift) * scale + bias.
-  __device__ __forceinline__ Pack<Type> apply(const float (&value)[kVector], float factor, float shift) const {
+  // (((x - shift) - mean) * factor) * scale + bias.
+  template <typename T>
+  __device__ __forceinline__ Pack<Type> apply(const Pack<T>& x, float shift, float mean, float factor) const {
     Pack<Type> pack;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      float result = fmaf(value[i], factor, shift);
+      float result = fmaf(static_cast<float>(x.item[i]) - shift, factor, -mean * factor);
       if constexpr (LN_SCALE) result *= static_cast<float>(scale.item[i]);
       if constexpr (LN_BIAS) result += static_cast<float>(bias.item[i]);
       pack.item[i] = static_cast<Type>(result);
@@ -195,7 +224,7 @@ __device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, float s
   for (int step = 0; step < kSteps; ++step) {
     const int column = threadIdx.x * kVector + step * kStride;
     if (!inside(step, column)) continue;
-    const Pack<Type> pack = row.read(column);
+    const Pack<Type> pack = row.template read<Reuse::kSoon>(column);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums.add(static_cast<float>(pack.item[i]) - shift, i);
     if constexpr (LN_SKIP && Call == 0) store<Aligned>(row.sum + column, pack);
@@ -203,7 +232,7 @@ __device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, float s
   return moments<Call>(sums);
 }
 
-template <bool Aligned, bool Once>
+template <bool Aligned, bool Large>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
@@ -219,67 +248,75 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
   for (int step = 0; step < kSteps; ++step) {
     const int column = threadIdx.x * kVector + step * kStride;
     if (!inside(step, column)) continue;
-    const Pack<Type> pack = row.read(column);
-    float value[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = static_cast<float>(pack.item[i]) - shift;
+    const Pack<Type> pack = row.template read<Reuse::kDone>(column);
     Parameters parameters;
     parameters.read(row, column);
-    row.write(column, parameters.apply(value, factor, -found.mean * factor));
+    row.write(column, parameters.apply(pack, shift, found.mean, factor));
   }
 }
 
 #else
 
-constexpr bool kEarly = LN_EARLY;  // whether parameters are loaded with the row, which costs registers
+// What a lane keeps of its row. The elements as they were read take the fewest registers, and a warp that needs few has
+// company. All warps of a block wait for what comes after the statistics: so its lanes convert before.
+template <bool Converted>
+struct Choice {
+  using Item = Type;
+};
+template <>
+struct Choice<true> {
+  using Item = float;
+};
+using Kept = Pack<Choice<(kLanes > 32)>::Item>;
 
-// Takes `shift` from the lane's values and returns the moments of what is left.
+// Keeps a pack in its registers up to here: the compiler would rather keep what it makes of it, in more of them.
+__device__ __forceinline__ void keep(Kept& pack) {
+  if constexpr (sizeof(pack) % 4 == 0)
+#pragma unroll
+    for (int i = 0; i < sizeof(pack) / 4; ++i) asm volatile("" : "+r"(reinterpret_cast<unsigned*>(&pack)[i]));
+}
+
 template <int Call>
-__device__ __forceinline__ Moments shifted_moments(float (&value)[kSteps][kVector], int first, float shift) {
+__device__ __forceinline__ Moments kept_moments(const Kept (&row)[kSteps], int first, float shift) {
   Sums sums;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     if (inside(step, first + step * kStride))
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        value[step][i] -= shift;
-        sums.add(value[step][i], i);
-      }
+      for (int i = 0; i < kVector; ++i) sums.add(static_cast<float>(row[step].item[i]) - shift, i);
   return moments<Call>(sums);
 }
 
-template <bool Aligned, bool Once>
+template <bool Aligned, bool Large>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
+  // Parameters loaded with the row shorten the wait, and cost registers.
+  constexpr bool kEarly = LN_EARLY && Aligned && !(Large && kLanes > 32 && sizeof(Type) == 2);
+  constexpr Reuse kNext = Large ? Reuse::kNone : Reuse::kAny;
   const int first = threadIdx.x % kLanes * kVector;
   // All lanes take part in the shuffles: groups past the end write the last row again, the same values.
   const unsigned index = blockIdx.x * static_cast<unsigned>(kGroups) + threadIdx.x / kLanes;
   const unsigned last = rows - 1;
   const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(min(index, last));
-  float value[kSteps][kVector] = {};
+  Kept kept[kSteps];
   Parameters parameters[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int column = first + step * kStride;
     if (!inside(step, column)) continue;
-    const Pack<Type> pack = row.template read<Once>(column);
+    const Pack<Type> pack = row.template read<kNext>(column);
     if constexpr (LN_SKIP) store<Aligned>(row.sum + column, pack);
-    widen(value[step], pack);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) kept[step].item[i] = pack.item[i];
     if constexpr (kEarly) parameters[step].read(row, column);
   }
-  const float guess = row.guess();
-  Moments found = shifted_moments<0>(value, first, guess);
+  float shift = row.guess();
+  Moments found = kept_moments<0>(kept, first, shift);
   // Rows of one warp may differ in this: all its lanes go the same way, since they shuffle together.
   if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far()) {
-    // To take the mean from distances would round twice. So the row is read again, by the other kind of load: the
-    // compiler would keep what the same kind has read, and registers are scarcer than this case is frequent.
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = first + step * kStride;
-      if (inside(step, column)) widen(value[step], row.template read<!Once>(column));
-    }
-    found = shifted_moments<1>(value, first, guess + found.mean);
+    shift += found.mean;
+    found = kept_moments<1>(kept, first, shift);
   }
   const float factor = rsqrtf(found.variance + LN_EPSILON);
   if constexpr (!kEarly) asm volatile("" ::: "memory");  // or the compiler loads them early nevertheless
@@ -288,7 +325,8 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
     const int column = first + step * kStride;
     if (!inside(step, column)) continue;
     if constexpr (!kEarly) parameters[step].read(row, column);
-    row.write(column, parameters[step].apply(value[step], factor, -found.mean * factor));
+    keep(kept[step]);
+    row.write(column, parameters[step].apply(kept[step], shift, found.mean, factor));
   }
 }
 
@@ -333,10 +371,10 @@ extern "C" __global__ void __launch_bounds__(kLanes* kGroups, LN_BLOCKS)
 #endif
   const auto bits = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(skip) | reinterpret_cast<size_t>(scale) |
                     reinterpret_cast<size_t>(bias) | reinterpret_cast<size_t>(y) | reinterpret_cast<size_t>(sum);
-  // Marks are for what is read once (long rows are read again); where two matrices are read, they slow it down.
+  // Where two matrices are read, marks slow it down; long rows have marks of their own.
   if (bits % 16 != 0)
     normalise<false, false>(x, skip, scale, bias, rows, y, sum);
-  else if (LN_SKIP || LN_LONG || rows < LN_ONCE_ROWS)
+  else if (LN_SKIP || LN_LONG || rows < LN_LARGE_ROWS)
     normalise<true, false>(x, skip, scale, bias, rows, y, sum);
   else
     normalise<true, true>(x, skip, scale, bias, rows, y, sum);

@@ -28,16 +28,22 @@ _WARP_COLUMNS = 768
 """Rows up to this are done by a warp, and several by a block."""
 
 _MOST_VALUES = 32
-"""Elements of a row that a thread keeps in registers; longer rows are read twice."""
+"""Elements of a row that a lane keeps in registers."""
 
-_EARLY_BYTES = 4096
+_LONG_BYTES = 8192
+"""Rows from this size on are read twice, which costs less than the registers that would hold them."""
+
+_LONG_COLUMNS = 8192
+"""Beyond this a lane would read more than four words twice: it keeps them, as far as it can."""
+
+_EARLY_COLUMNS = 1024
 """The parameters of longer rows are loaded after the statistics, since they take registers that hide latency; not where
 accesses are narrower than a word."""
 
-_BLOCK = 128
+_BLOCK = 64
 """Threads of a block that takes several rows: small, since small blocks spread evenly and leave early."""
 
-_ONCE_BYTES = 2**24
+_LARGE_BYTES = 2**24
 """A matrix from this size on counts as too large for caches: with its output it takes more than half of an H200's."""
 
 
@@ -96,7 +102,8 @@ def _launch(
     columns, rows = x.shape[-1], math.prod(x.shape[:-1])
     require(columns <= _MOST_COLUMNS, f"{op}: {columns} columns are more than the {_MOST_COLUMNS} that a kernel takes")
     require(rows <= INT32_MAX, f"{op}: {rows} rows are more than the {INT32_MAX} that a launch takes")
-    geometry = _geometry(columns, ITEM_BYTES[x.dtype])
+    parameter_bytes = sum(ITEM_BYTES[parameter.dtype] for parameter in (scale, bias) if parameter)
+    geometry = _geometry(columns, ITEM_BYTES[x.dtype], parameter_bytes, 1 + (entry == "skip_layernorm"))
     defines = (
         ("LN_TYPE", CUDA_TYPES[x.dtype]),
         ("LN_SCALE_TYPE", CUDA_TYPES[scale.dtype if scale else "float32"]),
@@ -112,38 +119,58 @@ def _launch(
     return KernelLaunch(entry, defines, (blocks, 1, 1), (threads, 1, 1), 0, (rows,))
 
 
-def _geometry(columns: int, item_bytes: int) -> dict[str, int]:
-    """Return who normalises a row of `columns`, and how; measured best on an H100 for 256 to 16384 columns.
+def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int) -> dict[str, int]:
+    """Return who normalises a row of `columns` of each of `matrices` inputs, and how.
 
-    A warp or a part of it does a short row, and a block a longer one: a thread for every two words, at most 512, or 256
-    where accesses are narrower. 1024 threads do a row that is read twice.
+    Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or more
+    where a warp does rows up to _WARP_COLUMNS, or a block of 512 threads longer ones. `parameter_bytes` are those of
+    scale and bias together, for one column.
     """
     row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
     words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
-    wanted = min(words, 32) if columns <= _WARP_COLUMNS else min(cdiv(words, 2), 512 if whole else 256)
-    lanes = 1 << (wanted - 1).bit_length()
-    groups = max(_BLOCK // lanes, 1) if lanes <= 32 else 1
+    few, short = columns <= _WARP_COLUMNS, row_bytes < _LONG_BYTES
+    if whole:
+        lanes = min(_power_of_two(cdiv(words * (matrices if short else 1), 3)), 32 if few else 512)
+    else:
+        lanes = _power_of_two(min(words, 32) if few else min(cdiv(words, 2), 256))
     values = cdiv(columns, lanes * vector) * vector
-    long, early = values > _MOST_VALUES, row_bytes <= _EARLY_BYTES or not whole
+    too_long = values > _MOST_VALUES
+    long = too_long or (whole and not short and columns <= _LONG_COLUMNS)
+    if too_long:
+        lanes = 1024
+    early = columns <= _EARLY_COLUMNS or not whole
+    groups = max(_BLOCK * matrices // lanes, 1) if lanes <= 32 else 1
     if long:
-        lanes, groups = 1024, 1
+        resident = 2048 if values * item_bytes <= 2 * _WORD and matrices == 1 else 1536
+    else:
+        kept_bytes = item_bytes if lanes <= 32 else 4  # a block's lanes convert what they keep
+        resident = _resident(values * (kept_bytes + early * parameter_bytes) // 4, lanes, whole)
     return {
         "LN_COLUMNS": columns,
         "LN_VECTOR": vector,  # elements an access
         "LN_LANES": lanes,
         "LN_GROUPS": groups,
-        "LN_BLOCKS": max(_resident(values * 3 if early else values, whole) // (lanes * groups), 1),
+        "LN_BLOCKS": max(resident // (lanes * groups), 1),
         "LN_LONG": int(long),
         "LN_EARLY": int(early),
-        "LN_ONCE_ROWS": cdiv(_ONCE_BYTES, row_bytes),
+        "LN_LARGE_ROWS": cdiv(_LARGE_BYTES, row_bytes),
     }
 
 
-def _resident(floats: int, whole: bool) -> int:
-    """Return the threads that a multiprocessor is to hold at least, by the numbers that each keeps in registers.
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
-    The compiler, left to itself, takes more registers, and fewer rows hide each other's latency.
+
+def _resident(registers: int, lanes: int, whole: bool) -> int:
+    """Return the threads that a multiprocessor is to hold at least, if each keeps so much of a row and its parameters.
+
+    The compiler, left to itself, takes more registers, and fewer rows hide each other's latency; with too few registers
+    it loads parameters late. Both cost up to 5 %.
     """
-    if not whole or floats > 48:
+    if not whole or registers > 40:
         return 640
-    return 1536 if floats <= 24 else 1024
+    if registers <= 16:
+        return 1536
+    if lanes > 32:
+        return 1280 if registers <= 32 else 1024
+    return 1152 if registers <= 24 else 1024

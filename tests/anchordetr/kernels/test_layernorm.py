@@ -72,12 +72,27 @@ class TestLaunchRule:
         assert chosen.block[0] % 32 == 0
         assert chosen.block[0] <= 1024
         kept = -(-columns // (lanes * values["LN_VECTOR"])) * values["LN_VECTOR"]
-        assert lanes == 1024 if values["LN_LONG"] else kept <= 32, "registers for the elements of a thread"
+        assert values["LN_LONG"] or kept <= 32, "registers for the elements of a thread"
+        assert lanes == 1024 or kept <= 32, "only rows that no block keeps are read by the largest"
+
+    @pytest.mark.parametrize(
+        ("columns", "dtype", "twice"),
+        [
+            *((2044, "float32", False), (2048, "float32", True), (4088, "float16", False), (4096, "float16", True)),
+            *((8192, "float32", True), (8192, "float16", True), (16384, "float32", False), (16392, "float32", True)),
+            *((4097, "float32", False), (8193, "float32", True), (8191, "float16", False)),  # narrow accesses
+        ],
+    )
+    @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
+    def test_long_rows_are_read_twice(self, spec: KernelSpec, columns: int, dtype: str, twice: bool) -> None:
+        inputs = 1 + (spec is SKIP_LAYERNORM)
+        chosen = launch(spec, *[TensorInfo((7, columns), dtype)] * inputs, outputs=inputs)
+        assert dict_of(chosen)["LN_LONG"] == twice
 
     @pytest.mark.parametrize(("dtype", "item_bytes"), [("float32", 4), ("float16", 2)])
     @pytest.mark.parametrize("columns", [1, 256, 1000, 10**6])
     def test_large_matrices_begin_at_16_mib(self, columns: int, dtype: str, item_bytes: int) -> None:
-        rows = dict_of(launch(LAYERNORM, TensorInfo((3, columns), dtype)))["LN_ONCE_ROWS"]
+        rows = dict_of(launch(LAYERNORM, TensorInfo((3, columns), dtype)))["LN_LARGE_ROWS"]
         assert (rows - 1) * columns * item_bytes < 2**24 <= rows * columns * item_bytes
 
     def test_absent_parameters_are_defines(self) -> None:
@@ -123,7 +138,7 @@ class TestLaunchRule:
 
 
 def dict_of(chosen: Any) -> dict[str, int]:
-    names = ("LN_LANES", "LN_GROUPS", "LN_VECTOR", "LN_LONG", "LN_ONCE_ROWS")
+    names = ("LN_LANES", "LN_GROUPS", "LN_VECTOR", "LN_LONG", "LN_LARGE_ROWS")
     return {name: int(value) for name, value in chosen.defines if name in names}
 
 
@@ -153,7 +168,7 @@ class TestDispatch:
     def test_loads_of_large_matrices_are_marked(
         self, monkeypatch: pytest.MonkeyPatch, spec: KernelSpec, rows: int, marked: bool
     ) -> None:
-        monkeypatch.setattr(layernorm, "_ONCE_BYTES", 32 * 256 * 4)
+        monkeypatch.setattr(layernorm, "_LARGE_BYTES", 32 * 256 * 4)
         inputs = [draw(18, (rows, 256), "float32")] * (1 + (spec is SKIP_LAYERNORM))
         infos = [TensorInfo(x.shape, "float32") for x in inputs]
         chosen = launch(spec, *infos, outputs=len(inputs))
@@ -164,6 +179,23 @@ class TestDispatch:
                 emulator.run_on_arrays(stops_at_marks, chosen, inputs, infos)
         else:
             y, *_ = emulator.run_on_arrays(stops_at_marks, chosen, inputs, infos)
+            assert_close(y, layernorm64(sum(inputs), None, None), "float32")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
+    @pytest.mark.parametrize("mark", ["evict_last", "evict_first"])
+    @pytest.mark.parametrize("aligned", [True, False])
+    def test_long_rows_are_kept_until_they_are_read_again(self, spec: KernelSpec, mark: str, aligned: bool) -> None:
+        inputs = [draw(20, (2, 2048), "float32")] * (1 + (spec is SKIP_LAYERNORM))
+        infos = [TensorInfo(x.shape, "float32") for x in inputs]
+        chosen = launch(spec, *infos, outputs=len(inputs))
+        ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+        stops_at_marks, found = re.subn(rf"ld\.global\.L1::{mark}[^;]*;", "trap;", ptx)
+        assert found
+        if aligned:
+            with pytest.raises(emulator.KernelFault, match="stops the kernel"):
+                emulator.run_on_arrays(stops_at_marks, chosen, inputs, infos)
+        else:
+            y, *_ = emulator.run_on_arrays(stops_at_marks, chosen, inputs, infos, offset=4)
             assert_close(y, layernorm64(sum(inputs), None, None), "float32")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("moved", range(6))
@@ -189,8 +221,9 @@ class TestKernel:
     @pytest.mark.parametrize(
         "columns",
         [
-            *(1, 7, 100, 256, 257, 1024, 5001, 9001, 20000),
-            *(pytest.param(columns, marks=pytest.mark.large) for columns in (2, 32, 255, 1000, 4096, 8191, 16384)),
+            *(1, 7, 64, 100, 256, 257, 512, 1024, 2048, 5001, 9001, 20000),
+            *(pytest.param(columns, marks=pytest.mark.large) for columns in (2, 32, 255, 768, 1000)),
+            *(pytest.param(columns, marks=pytest.mark.large) for columns in (4096, 8191, 8192, 16384)),
         ],
     )
     @pytest.mark.parametrize("rows", [1, 37])
@@ -232,7 +265,7 @@ class TestKernel:
         assert_close(y, layernorm64(x, scale, bias, 0.1), "float16")
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("columns", [24, 256, 257, pytest.param(4096, marks=pytest.mark.large), 20000])
+    @pytest.mark.parametrize("columns", [24, 256, 257, 1024, pytest.param(4096, marks=pytest.mark.large), 20000])
     @pytest.mark.parametrize("offset", [0, 4])
     def test_skip(self, run: Run, dtype: str, columns: int, offset: int) -> None:
         x, skip = draw(7, (35, columns), dtype), draw(8, (35, columns), dtype)
@@ -243,12 +276,12 @@ class TestKernel:
         assert_close(y, layernorm64(total, scale, bias), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("columns", [256, 768, 1028])
+    @pytest.mark.parametrize("columns", [256, 768, 1024, 1028])
     def test_a_matrix_that_no_cache_holds(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str, columns: int
     ) -> None:
         """Loads then tell the caches so; here the limit is a byte, since such a matrix takes long to emulate."""
-        monkeypatch.setattr(layernorm, "_ONCE_BYTES", 1)
+        monkeypatch.setattr(layernorm, "_LARGE_BYTES", 1)
         x, skip = draw(16, (21, columns), dtype), draw(17, (21, columns), dtype)
         y, total = run(SKIP_LAYERNORM, [x, skip], [TensorInfo(x.shape, dtype)] * 2, {"epsilon": EPSILON})
         assert_close(y, layernorm64(total, None, None), dtype)
