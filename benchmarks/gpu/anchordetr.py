@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import dataclasses
 import json
 import statistics
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import floors
 import numpy as np
 import peers
 import results
@@ -173,10 +175,14 @@ def measure_ours(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable
 
 
 def tell_budget(bench: Bench, run: Callable[[], Any], path: Path) -> None:
-    rows = budget(run)
-    save(path, f"anchordetr_budget_batch{bench.batch}", rows)
+    """Put the time of each class of kernel beside its floor on this card, and print it with the longest kernels."""
+    pipeline = bench.pipeline("fp16")
+    rates = floors.measured_rates(torch.float16)
+    floor = floors.floor_us(graph.load(bench.optimized(pipeline) / "fp16.onnx"), rates)
+    rows = [row | {"floor_us": round(floor.get(row["class"], 0.0), 1)} for row in budget(run)]
+    save(path, f"anchordetr_budget_batch{bench.batch}", rows, pipeline=pipeline, rates=dataclasses.asdict(rates))
     for row in rows:
-        print(f"    {row['us']:8.1f} us {row['launches']:4} launches  {row['class']}")
+        print(f"    {row['us']:8.1f} us, floor {row['floor_us']:6.1f} {row['launches']:4} launches  {row['class']}")
     for us, count, name in kernels(run)[:40]:
         print(f"    {us:8.1f} us {count:5.0f} x  {name[:110]}")
 
@@ -194,10 +200,9 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()).get("anchordetr", []) if path.exists() else []
 
 
-def save(path: Path, table: str, rows: Sequence[dict[str, Any]]) -> None:
-    results.save(
-        path, table, rows, command="python benchmarks/gpu/anchordetr.py", runs=RUNS, clock="host, synchronised"
-    )
+def save(path: Path, table: str, rows: Sequence[dict[str, Any]], **how: Any) -> None:
+    command = "python benchmarks/gpu/anchordetr.py"
+    results.save(path, table, rows, command=command, runs=RUNS, clock="host, synchronised", **how)
 
 
 def record(path: Path, row: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""Layer normalisation with other threads a row and rows a block than the launch rule chooses: what to choose it by."""
+"""Layer normalisation by other threads a row, rows a block and registers than the launch rule's, to choose it by."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import kernels
 import timing
@@ -20,27 +20,28 @@ MOST_STEPS = 8
 """Accesses a thread: more of them spill registers."""
 
 
-def variants(launch: KernelLaunch) -> Iterator[tuple[str, KernelLaunch]]:
-    """Yield launches of the same work by other threads, and what they are called."""
+def variants(launch: KernelLaunch, resident: Sequence[int]) -> Iterator[tuple[str, KernelLaunch]]:
+    """Yield launches of the same work by other threads, so many `resident` on a multiprocessor, and their names."""
     given = dict(launch.defines)
     (rows,), columns, vector = launch.extras, int(given["LN_COLUMNS"]), int(given["LN_VECTOR"])
-    resident = int(given["LN_BLOCKS"]) * launch.block[0]
-    for lanes, block, early in itertools.product(LANES, BLOCKS, (0, 1)):
+    resident = resident or [int(given["LN_BLOCKS"]) * launch.block[0]]
+    for lanes, block, early, kept in itertools.product(LANES, BLOCKS, (0, 1), resident):
         groups = block // lanes if lanes < block else 1
         steps = -(-columns // (lanes * vector))
         wasteful = (lanes > 32 and block != BLOCKS[0]) or (lanes // 2) * vector >= columns or lanes * groups < 32
         if wasteful or steps > MOST_STEPS:
             continue
         threads = lanes * groups
-        blocks = max(resident // threads, 1)
+        blocks = max(kept // threads, 1)
         changed = {"LN_LANES": lanes, "LN_GROUPS": groups, "LN_BLOCKS": blocks, "LN_EARLY": early}
         defines = given | {key: str(value) for key, value in changed.items()}
-        name = f"{lanes:>4} lanes, {groups} rows a block, parameters {'early' if early else 'late'}"
+        when = "early" if early else "late"
+        name = f"{lanes:>4} lanes, {groups} rows a block, parameters {when}, {blocks * threads} threads resident"
         sizes = {"grid": (-(-rows // groups), 1, 1), "block": (threads, 1, 1)}
         yield name, dataclasses.replace(launch, defines=tuple(defines.items()), **sizes)
 
 
-def measure(rows: int, columns: int, dtype: torch.dtype, best: int) -> None:
+def measure(rows: int, columns: int, dtype: torch.dtype, best: int, resident: Sequence[int]) -> None:
     """Print the fastest variants, the rule's among them, and the copy and peers in the same run."""
     sets = timing.buffer_sets(2 * rows * columns * dtype.itemsize, cold=False)
     xs = [torch.randn(rows, columns, device="cuda", dtype=dtype) for _ in range(sets)]
@@ -49,7 +50,7 @@ def measure(rows: int, columns: int, dtype: torch.dtype, best: int) -> None:
     expected = torch.nn.functional.layer_norm(xs[0].double(), (columns,), scale.double(), bias.double())
     rule = kernels.Prepared.of_op(LAYERNORM, [xs[0], scale, bias], [ys[0]], epsilon=1e-5)
     calls: dict[str, timing.Call] = {}
-    for name, launch in [("the launch rule's", rule.launch), *variants(rule.launch)]:
+    for name, launch in [("the launch rule's", rule.launch), *variants(rule.launch, resident)]:
         prepared = kernels.Prepared(LAYERNORM.read_source(), launch)
         ys[0].fill_(torch.nan)
         prepared([xs[0], scale, bias], [ys[0]])
@@ -73,6 +74,9 @@ def main() -> int:
     parser.add_argument(
         "--rows-columns", nargs=2, type=int, action="append", help="sizes; default: those of kernels.py"
     )
+    parser.add_argument(
+        "--resident", nargs="+", type=int, default=[], help="threads a multiprocessor is to hold (default: the rule's)"
+    )
     parser.add_argument("--best", type=int, default=6, help="how many variants to show of each size")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -81,7 +85,7 @@ def main() -> int:
     torch.manual_seed(0)
     for rows, columns in arguments.rows_columns or kernels.LAYERNORM_SIZES:
         for dtype in (torch.float32, torch.float16):
-            measure(rows, columns, dtype, arguments.best)
+            measure(rows, columns, dtype, arguments.best, arguments.resident)
             torch.cuda.empty_cache()
     return 0
 
