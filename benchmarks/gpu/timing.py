@@ -16,7 +16,7 @@ COLD_BYTES = 150_000_000
 """What sets of buffers take together that the cache is to hold nothing of: 2.5 times its size."""
 
 GRAPH_US = 1500.0
-ROUNDS = 7
+ROUNDS = 15
 REPLAYS = 4
 
 Call = Callable[[int], Any]
