@@ -5,9 +5,10 @@
 //
 // A group of LN_LANES threads normalises a row and keeps it in registers: a warp or a part of one for short rows
 // (shuffles, no shared memory), a block for longer ones. Where LN_LONG is 1 a block reads its row twice instead, the
-// second time from the caches, which were told to keep it: without the row more threads fit, and hide latency better.
+// second time from the caches, which were told to keep it: with no row in registers more threads fit, and hide latency.
 //
-// LN_EARLY: whether parameters are loaded with the row. LN_LARGE_ROWS: from how many rows on no cache holds the matrix.
+// LN_EARLY: whether parameters may be loaded with the row, before the statistics. LN_LARGE_ROWS: from how many rows on
+// no cache holds the matrix.
 //
 // Statistics in float32, exact for large offsets: sums are of the distances to the mean of the first few elements
 // (shifted data: Chan, Golub, LeVeque 1983, section 3), both in one reduction, which is what a small row waits for.

@@ -28,20 +28,20 @@ _WARP_COLUMNS = 768
 """Rows up to this are done by a warp, and several by a block."""
 
 _MOST_VALUES = 32
-"""Elements of a row that a lane keeps in registers."""
+"""Elements of a row that a lane keeps in registers; a block of 1024 lanes reads rows of more twice."""
 
 _LONG_BYTES = 8192
-"""Rows from this size on are read twice, which costs less than the registers that would hold them."""
+"""Rows from this size on are read twice, a word an access, which costs less than the registers that would hold them."""
 
 _LONG_COLUMNS = 8192
-"""Beyond this a lane would read more than four words twice: it keeps them, as far as it can."""
+"""Longer rows are kept again, as far as they fit: of float32, a lane would read more than four words twice."""
 
 _EARLY_COLUMNS = 1024
 """The parameters of longer rows are loaded after the statistics, since they take registers that hide latency; not where
 accesses are narrower than a word."""
 
 _BLOCK = 64
-"""Threads of a block that takes several rows: small, since small blocks spread evenly and leave early."""
+"""Threads of a block that takes several rows, for each matrix read: small blocks spread evenly and leave early."""
 
 _LARGE_BYTES = 2**24
 """A matrix from this size on counts as too large for caches: with its output it takes more than half of an H200's."""
@@ -122,9 +122,9 @@ def _launch(
 def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int) -> dict[str, int]:
     """Return who normalises a row of `columns` of each of `matrices` inputs, and how.
 
-    Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or more
-    where a warp does rows up to _WARP_COLUMNS, or a block of 512 threads longer ones. `parameter_bytes` are those of
-    scale and bias together, for one column.
+    Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or of each
+    where rows are read twice; more where a warp does rows up to _WARP_COLUMNS, or a block of 512 threads longer ones.
+    `parameter_bytes` are those of scale and bias together, for one column.
     """
     row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
     words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
