@@ -239,7 +239,7 @@ class TestKernel:
         (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, "float32")], {"epsilon": EPSILON})
         assert_close(y, layernorm64(x, None, None), "float32")
 
-    @pytest.mark.parametrize("columns", [16, 256, 257, 4096, pytest.param(16384, marks=pytest.mark.large), 20000])
+    @pytest.mark.parametrize("columns", [16, 128, 256, 257, 4096, pytest.param(16384, marks=pytest.mark.large), 20000])
     @pytest.mark.parametrize("offset", [0.0, 1e4])
     def test_outliers_at_the_front(self, run: Run, columns: int, offset: float) -> None:
         """The elements that sums are taken from lie far from all others, in some rows."""
@@ -283,10 +283,14 @@ class TestKernel:
         """Loads then tell the caches so; here the limit is a byte, since such a matrix takes long to emulate."""
         monkeypatch.setattr(layernorm, "_LARGE_BYTES", 1)
         x, skip = draw(16, (21, columns), dtype), draw(17, (21, columns), dtype)
-        y, total = run(SKIP_LAYERNORM, [x, skip], [TensorInfo(x.shape, dtype)] * 2, {"epsilon": EPSILON})
-        assert_close(y, layernorm64(total, None, None), dtype)
-        (y,) = run(LAYERNORM, [x], [TensorInfo(x.shape, dtype)], {"epsilon": EPSILON})
-        assert_close(y, layernorm64(x, None, None), dtype)
+        scale, bias = draw(21, (columns,), dtype), draw(22, (columns,), dtype)
+        y, total = run(SKIP_LAYERNORM, [x, skip, scale, bias], [TensorInfo(x.shape, dtype)] * 2, {"epsilon": EPSILON})
+        assert_close(y, layernorm64(total, scale, bias), dtype)
+        (large,) = run(LAYERNORM, [x, scale, bias], [TensorInfo(x.shape, dtype)], {"epsilon": EPSILON})
+        assert_close(large, layernorm64(x, scale, bias), dtype)
+        monkeypatch.undo()
+        (small,) = run(LAYERNORM, [x, scale, bias], [TensorInfo(x.shape, dtype)], {"epsilon": EPSILON})
+        np.testing.assert_array_equal(large, small, "the way that a matrix takes changes no bit")
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("columns", [256, 2048, 20000])
