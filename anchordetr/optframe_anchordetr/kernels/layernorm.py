@@ -131,6 +131,8 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
     few, short = columns <= _WARP_COLUMNS, row_bytes < _LONG_BYTES
     if whole:
         lanes = min(_power_of_two(cdiv(words * (matrices if short else 1), 3)), 32 if few else 512)
+        if lanes > 32:
+            lanes = min(lanes, cdiv(words, 32) * 32)  # no warp without a word
     else:
         lanes = _power_of_two(min(words, 32) if few else min(cdiv(words, 2), 256))
     values = cdiv(columns, lanes * vector) * vector

@@ -59,11 +59,14 @@ class TestLaunchRule:
         assert (few.grid, many.grid) == ((1, 1, 1), (32768 // per_block, 1, 1))
 
     @pytest.mark.parametrize(
-        "columns", [*range(1, 40), 255, 256, 257, 1000, 1024, 1026, 4096, 8191, 8192, 8193, 16384, 16385, 10**6]
+        "columns",
+        [*range(1, 40), 255, 256, 257, 772, 1000, 1024, 1026, 1544, 3080, 4096, 8191, 8192, 8193, 16384, 16385, 10**6],
     )
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_threads_cover_a_row(self, columns: int, dtype: str) -> None:
-        chosen = launch(LAYERNORM, TensorInfo((7, columns), dtype))
+    @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
+    def test_threads_cover_a_row(self, spec: KernelSpec, columns: int, dtype: str) -> None:
+        inputs = 1 + (spec is SKIP_LAYERNORM)
+        chosen = launch(spec, *[TensorInfo((7, columns), dtype)] * inputs, outputs=inputs)
         values = dict_of(chosen)
         lanes, groups = values["LN_LANES"], values["LN_GROUPS"]
         assert columns % values["LN_VECTOR"] == 0
@@ -71,6 +74,7 @@ class TestLaunchRule:
         assert chosen.block == (lanes * groups, 1, 1)
         assert chosen.block[0] % 32 == 0
         assert chosen.block[0] <= 1024
+        assert (lanes - 32) * values["LN_VECTOR"] < columns, "no warp has nothing of a row"
         kept = -(-columns // (lanes * values["LN_VECTOR"])) * values["LN_VECTOR"]
         assert values["LN_LONG"] or kept <= 32, "registers for the elements of a thread"
         assert lanes == 1024 or kept <= 32, "only rows that no block keeps are read by the largest"
@@ -265,7 +269,7 @@ class TestKernel:
         assert_close(y, layernorm64(x, scale, bias, 0.1), "float16")
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("columns", [24, 256, 257, 1024, pytest.param(4096, marks=pytest.mark.large), 20000])
+    @pytest.mark.parametrize("columns", [24, 256, 257, 1024, 1544, pytest.param(4096, marks=pytest.mark.large), 20000])
     @pytest.mark.parametrize("offset", [0, 4])
     def test_skip(self, run: Run, dtype: str, columns: int, offset: int) -> None:
         x, skip = draw(7, (35, columns), dtype), draw(8, (35, columns), dtype)
