@@ -25,7 +25,8 @@ def variants(launch: KernelLaunch, resident: Sequence[int]) -> Iterator[tuple[st
     given = dict(launch.defines)
     (rows,), columns, vector = launch.extras, int(given["LN_COLUMNS"]), int(given["LN_VECTOR"])
     resident = resident or [int(given["LN_BLOCKS"]) * launch.block[0]]
-    for lanes, block, early, kept in itertools.product(LANES, BLOCKS, (0, 1), resident):
+    earlies = (0,) if int(given["LN_LONG"]) else (0, 1)  # rows that are read twice have their parameters late
+    for lanes, block, early, kept in itertools.product(LANES, BLOCKS, earlies, resident):
         groups = block // lanes if lanes < block else 1
         steps = -(-columns // (lanes * vector))
         wasteful = (lanes > 32 and block != BLOCKS[0]) or (lanes // 2) * vector >= columns or lanes * groups < 32
