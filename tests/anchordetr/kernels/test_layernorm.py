@@ -160,6 +160,8 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
     assert parameters.count(".param .u32") == 1
     assert bool(re.search(r"ld\.global(\.nc)?\.v4", ptx)) == (columns % 8 == 0), "16-byte loads where rows allow them"
     assert ("st.global.cs.v4" in ptx) == (columns % 8 == 0), "outputs are marked as not needed again"
+    shared = dict_of(chosen)["LN_LANES"] < 32
+    assert ("vote.sync.any" in ptx) == shared, "rows that share a warp shuffle together: a GPU hangs where only some do"
 
 
 @pytest.mark.usefixtures("needs_nvrtc")
@@ -195,6 +197,7 @@ class TestDispatch:
         ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
         stops_at_marks, found = re.subn(rf"ld\.global\.L1::{mark}[^;]*;", "trap;", ptx)
         assert found
+        assert f"createpolicy.fractional.L2::{mark}" in ptx
         if aligned:
             with pytest.raises(emulator.KernelFault, match="stops the kernel"):
                 emulator.run_on_arrays(stops_at_marks, chosen, inputs, infos)
