@@ -314,10 +314,16 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
   }
   float shift = row.guess();
   Moments found = kept_moments<0>(kept, first, shift);
-  // Rows of one warp may differ in this: all its lanes go the same way, since they shuffle together.
-  if (kLanes < 32 ? __any_sync(0xffffffffu, found.far()) : found.far()) {
-    shift += found.mean;
-    found = kept_moments<1>(kept, first, shift);
+  // Rows of one warp may differ in this. All its lanes go the same way, since they shuffle together, but only far rows
+  // take what comes of it: a result depends on no other row.
+  const bool far = found.far();
+  if (kLanes < 32 ? __any_sync(0xffffffffu, far) : far) {
+    const float nearer = shift + found.mean;
+    const Moments again = kept_moments<1>(kept, first, nearer);
+    if (far) {
+      shift = nearer;
+      found = again;
+    }
   }
   const float factor = rsqrtf(found.variance + LN_EPSILON);
   if constexpr (!kEarly) asm volatile("" ::: "memory");  // or the compiler loads them early nevertheless
