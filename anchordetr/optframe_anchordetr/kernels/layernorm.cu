@@ -292,7 +292,7 @@ template <bool Aligned, bool Large>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
-  // Parameters loaded with the row shorten the wait, and cost registers.
+  // Parameters loaded with the row shorten the wait. Blocks of large 16-bit matrices are 0.5 % faster without.
   constexpr bool kEarly = LN_EARLY && Aligned && !(Large && kLanes > 32 && sizeof(Type) == 2);
   constexpr Reuse kNext = Large ? Reuse::kNone : Reuse::kAny;
   const int first = threadIdx.x % kLanes * kVector;

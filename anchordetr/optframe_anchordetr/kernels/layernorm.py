@@ -124,7 +124,8 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
 
     Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or of each
     where rows are read twice; more where a warp does rows up to _WARP_COLUMNS, or a block of 512 threads longer ones.
-    `parameter_bytes` are those of scale and bias together, for one column.
+    `parameter_bytes` are those of scale and bias together, for one column. Rows that are read twice ask for 2048
+    threads a multiprocessor; GPUs that hold 1536 leave such a kernel its registers.
     """
     row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
     words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
@@ -146,7 +147,12 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
         resident = 2048 if values * item_bytes <= 2 * _WORD and matrices == 1 else 1536
     else:
         kept_bytes = item_bytes if lanes <= 32 else 4  # a block's lanes convert what they keep
-        resident = _resident(values * (kept_bytes + early * parameter_bytes) // 4, lanes, whole)
+        held = values * kept_bytes
+        if early:
+            held += values * parameter_bytes
+        elif parameter_bytes > 2 * item_bytes:  # late ones wider than x need more registers than are free by then
+            held += vector * parameter_bytes
+        resident = _resident(held // 4, lanes, whole)
     return {
         "LN_COLUMNS": columns,
         "LN_VECTOR": vector,  # elements an access
