@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import timing
 import torch
+
+from optframe.flops import count_flops
+from optframe.registry import default_registry
+from optframe.shapes import static_shape
 
 PRODUCT = 8192
 """Rows and columns of the matrix product that says what arithmetic the card reaches."""
 
 COPY_BYTES = 2**28
 """What is copied to say how fast memory is: many times a second-level cache."""
+
+NORMS = ("LayerNorm", "SkipLayerNorm", "LayerNormalization", "InstanceNormalization")
 
 
 @dataclass(frozen=True)
@@ -26,22 +32,12 @@ class Rates:
 
 
 def measured_rates(dtype: torch.dtype) -> Rates:
-    """Return what a large matrix product of `dtype` and a large copy reach on this card, each the best of ten."""
+    """Return what a large matrix product of `dtype` and a large copy reach on this card."""
     x = torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=dtype)
     source = torch.empty(COPY_BYTES, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = min(_seconds(lambda: x @ x) for _ in range(10))
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
-    return Rates(2 * PRODUCT**3 / product, 2 * COPY_BYTES / copy)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    us = timing.median_us({"product": lambda _: x @ x, "copy": lambda _: target.copy_(source)}, sets=1)
+    return Rates(2 * PRODUCT**3 / us["product"] * 1e6, 2 * COPY_BYTES / us["copy"] * 1e6)
 
 
 def floor_us(model: ir.Model, rates: Rates) -> dict[str, float]:
@@ -50,43 +46,28 @@ def floor_us(model: ir.Model, rates: Rates) -> dict[str, float]:
     All else has no floor, since it can be part of another op. Shapes have to be known. Classes as in `anchordetr.py`:
     convolutions of one pixel are matrix products, products of two activations are attention.
     """
+    report = count_flops(model, ops=default_registry().ops())
     flops: collections.Counter[str] = collections.Counter()
-    moved = 0
     for node in model.graph:
-        if node.op_type == "Conv":
-            kernel = _shape(node.inputs[1])
-            kind = "convolutions" if math.prod(kernel[2:]) > 1 else "matrix products"
-            flops[kind] += 2 * math.prod(_shape(node.outputs[0])) * math.prod(kernel[1:])
-        elif node.op_type in ("Gemm", "MatMul"):
-            second = node.inputs[1]
-            kind = "matrix products" if second is not None and second.const_value is not None else "attention"
-            inner = _shape(node.inputs[0])[0 if node.attributes.get_int("transA", 0) else -1]
-            flops[kind] += 2 * math.prod(_shape(node.outputs[0])) * inner
-        elif node.op_type == "RCDA":
-            flops["attention"] += 2 * _rcda_products(node)
-        elif "LayerNorm" in node.op_type or node.op_type in ("LayerNormalization", "InstanceNormalization"):
-            values = [value for value in (*node.inputs, *node.outputs) if value is not None]
-            moved += sum(math.prod(_shape(value)) * _item_bytes(value) for value in values)
-    floors = {kind: count / rates.flops * 1e6 for kind, count in flops.items()}
-    return floors | {"norms": moved / rates.bytes * 1e6}
+        flops[_kind(node)] += report.by_node.get(node.name or "", 0)
+    norms = [node for node in model.graph if node.op_type in NORMS]
+    moved = sum(_bytes(value) for node in norms for value in (*node.inputs, *node.outputs) if value is not None)
+    return {kind: count / rates.flops * 1e6 for kind, count in (+flops).items()} | {"norms": moved / rates.bytes * 1e6}
 
 
-def _rcda_products(node: ir.Node) -> int:
-    """Return the multiplications of an attended value, of both scores and of the column weights' sum."""
-    queries, _, row_keys, column_keys, _ = (_shape(value) for value in node.inputs[:5])
-    width, channels = row_keys[1:]
-    height, rows = column_keys[1], math.prod(queries[:-1])
-    return rows * channels * (height * width + height + width + height)
+def _kind(node: ir.Node) -> str:
+    """Return the class that the products of a node belong to."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return "attention"
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None:
+        return "attention"
+    pixels = math.prod((static_shape(weight) or ())[2:])
+    return "convolutions" if node.op_type == "Conv" and pixels > 1 else "matrix products"
 
 
-def _shape(value: ir.Value | None) -> list[int]:
-    assert value is not None
-    assert value.shape is not None, f"{value.name} has no shape"
-    dims = [dim for dim in value.shape if isinstance(dim, int)]
-    assert len(dims) == len(value.shape), f"{value.name} is dynamic: {value.shape}"
-    return dims
-
-
-def _item_bytes(value: ir.Value) -> float:
+def _bytes(value: ir.Value) -> float:
+    shape = static_shape(value)
+    assert shape is not None, f"the shape of {value.name} is not known"
     assert value.dtype is not None
-    return value.dtype.itemsize
+    return math.prod(shape) * value.dtype.itemsize

@@ -128,14 +128,8 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
     threads a multiprocessor; GPUs that hold 1536 leave such a kernel its registers.
     """
     row_bytes, vector = columns * item_bytes, math.gcd(columns, _WORD // item_bytes)
-    words, whole = cdiv(row_bytes, _WORD), vector * item_bytes == _WORD
-    few, short = columns <= _WARP_COLUMNS, row_bytes < _LONG_BYTES
-    if whole:
-        lanes = min(_power_of_two(cdiv(words * (matrices if short else 1), 3)), 32 if few else 512)
-        if lanes > 32:
-            lanes = min(lanes, cdiv(words, 32) * 32)  # no warp without a word
-    else:
-        lanes = _power_of_two(min(words, 32) if few else min(cdiv(words, 2), 256))
+    whole, short = vector * item_bytes == _WORD, row_bytes < _LONG_BYTES
+    lanes = _lanes(columns, cdiv(row_bytes, _WORD), whole, matrices if short else 1)
     values = cdiv(columns, lanes * vector) * vector
     too_long = values > _MOST_VALUES
     long = too_long or (whole and not short and columns <= _LONG_COLUMNS)
@@ -163,6 +157,15 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
         "LN_EARLY": int(early),
         "LN_LARGE_ROWS": cdiv(_LARGE_BYTES, row_bytes),
     }
+
+
+def _lanes(columns: int, words: int, whole: bool, matrices: int) -> int:
+    """Return the lanes of a row of so many words in each of `matrices`; `whole`: accesses are of words, not less."""
+    few = columns <= _WARP_COLUMNS
+    if not whole:
+        return _power_of_two(min(words, 32) if few else min(cdiv(words, 2), 256))
+    lanes = min(_power_of_two(cdiv(words * matrices, 3)), 32 if few else 512)
+    return lanes if lanes <= 32 else min(lanes, cdiv(words, 32) * 32)  # no warp without a word
 
 
 def _power_of_two(least: int) -> int:

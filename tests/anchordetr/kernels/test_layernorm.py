@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from optframe.errors import InputError
-from optframe.types import KernelSpec, TensorInfo
+from optframe.types import KernelLaunch, KernelSpec, TensorInfo
 from optframe_anchordetr.kernels import LAYERNORM, SKIP_LAYERNORM, layernorm
 from optframe_trt import emulator, nvrtc
 
@@ -168,6 +168,14 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
 class TestDispatch:
     """Which way a launch takes, on PTX that is edited so that the ways differ; under the emulator alone."""
 
+    @staticmethod
+    def compiled(spec: KernelSpec, x: Array) -> tuple[KernelLaunch, str, list[Array], list[TensorInfo]]:
+        """The launch for x, as all that the op adds, without parameters; its PTX, its inputs and its outputs."""
+        inputs = [x] * (1 + (spec is SKIP_LAYERNORM))
+        infos = [TensorInfo(x.shape, str(x.dtype))] * len(inputs)
+        chosen = launch(spec, *infos, outputs=len(inputs))
+        return chosen, nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text, inputs, infos
+
     @pytest.mark.parametrize(
         ("spec", "rows", "marked"), [(LAYERNORM, 31, False), (LAYERNORM, 32, True), (SKIP_LAYERNORM, 32, False)]
     )
@@ -175,10 +183,7 @@ class TestDispatch:
         self, monkeypatch: pytest.MonkeyPatch, spec: KernelSpec, rows: int, marked: bool
     ) -> None:
         monkeypatch.setattr(layernorm, "_LARGE_BYTES", 32 * 256 * 4)
-        inputs = [draw(18, (rows, 256), "float32")] * (1 + (spec is SKIP_LAYERNORM))
-        infos = [TensorInfo(x.shape, "float32") for x in inputs]
-        chosen = launch(spec, *infos, outputs=len(inputs))
-        ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+        chosen, ptx, inputs, infos = self.compiled(spec, draw(18, (rows, 256), "float32"))
         stops_at_marks = re.sub(r"ld\.global\.cs[^;]*;", "trap;", ptx)
         if marked:
             with pytest.raises(emulator.KernelFault, match="stops the kernel"):
@@ -191,10 +196,7 @@ class TestDispatch:
     @pytest.mark.parametrize("mark", ["evict_last", "evict_first"])
     @pytest.mark.parametrize("aligned", [True, False])
     def test_long_rows_are_kept_until_they_are_read_again(self, spec: KernelSpec, mark: str, aligned: bool) -> None:
-        inputs = [draw(20, (2, 2048), "float32")] * (1 + (spec is SKIP_LAYERNORM))
-        infos = [TensorInfo(x.shape, "float32") for x in inputs]
-        chosen = launch(spec, *infos, outputs=len(inputs))
-        ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+        chosen, ptx, inputs, infos = self.compiled(spec, draw(20, (2, 2048), "float32"))
         stops_at_marks, found = re.subn(rf"ld\.global\.L1::{mark}[^;]*;", "trap;", ptx)
         assert found
         assert f"createpolicy.fractional.L2::{mark}" in ptx

@@ -65,6 +65,11 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def in_float(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in floating point for intermediate results: integers as float64, floats as `wide` has them."""
+    return wide(tensor) if tensor.is_floating_point() else tensor.double()
+
+
 def info(tensor: torch.Tensor) -> TensorInfo:
     """Return shape and dtype as the specs of plugin ops spell them."""
     return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optframe.backends.torch.dtypes import wide
+from optframe.backends.torch.dtypes import in_float
 from optframe.backends.torch.registry import Call, OpNode, op
 
 Reduction = Callable[[Tensor, tuple[int, ...], bool], Tensor]
@@ -55,8 +55,7 @@ def _in_float(reduction: Reduction) -> Reduction:
     """Return the reduction in floating point of enough range for intermediate results, its result in x's type."""
 
     def reduce(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
-        data = wide(x) if x.is_floating_point() else x.double()
-        return reduction(data, axes, keep).to(x.dtype)
+        return reduction(in_float(x), axes, keep).to(x.dtype)
 
     return reduce
 

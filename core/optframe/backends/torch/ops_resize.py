@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optframe.backends.torch.dtypes import wide
+from optframe.backends.torch.dtypes import in_float
 from optframe.backends.torch.registry import Call, OpNode, op
 
 Taps = list[tuple[Tensor, Tensor | None]]
@@ -70,7 +70,7 @@ class _Resizer:
         assert given is not None, "ONNX asks for scales or sizes"
         dtype = x.dtype
         if self._mode != "nearest":  # the sums of all axes are rounded once
-            x = wide(x) if x.is_floating_point() else x.double()
+            x = in_float(x)
         for axis, number in zip((axis % x.ndim for axis in axes), given.tolist(), strict=True):
             before = x.shape[axis]
             # ONNX multiplies float32 by float32, which may round to a whole number that the product misses
