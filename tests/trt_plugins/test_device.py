@@ -1,11 +1,12 @@
 """Buffers, streams, events and CUDA graphs on a GPU."""
 
+import ctypes
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from optframe_trt import driver
+from optframe import cuda
 from optframe_trt.device import Buffer, Event, Graph, Stream
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ def test_a_graph_repeats_what_was_captured(rng: np.random.Generator) -> None:
     source, target = Buffer(first.nbytes), Buffer(first.nbytes)
 
     def copy() -> None:
-        driver.call("cuMemcpyDtoDAsync_v2", target.handle, source.handle, driver.ctypes.c_size_t(4096), stream.handle)
+        cuda.call("cuMemcpyDtoDAsync_v2", target.handle, source.handle, ctypes.c_size_t(4096), stream.handle)
 
     graph = Graph(stream, copy)
     for array in (first, second):
@@ -64,7 +65,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable() -> None:
     def waits() -> None:
         stream.synchronize()  # forbidden while the stream is captured
 
-    with pytest.raises(driver.DriverError):
+    with pytest.raises(cuda.DriverError):
         Graph(stream, waits)
     array = np.arange(16, dtype=np.uint8)
     back = np.zeros_like(array)

@@ -117,14 +117,14 @@ def test_bad_requests_are_refused(trt: ModuleType, rng: np.random.Generator) -> 
 def test_samples_reach_the_gpu(rng: np.random.Generator) -> None:
     import ctypes
 
-    from optframe_trt import driver
+    from optframe import cuda
 
     device = CudaDevice()
     for size in (5, 1000, 7):  # the buffer grows, and is used again
         array = rng.standard_normal(size).astype(np.float32)
         address, back = device.upload("x", array), np.empty_like(array)
         pointer = back.ctypes.data_as(ctypes.c_void_p)
-        driver.call("cuMemcpyDtoH_v2", pointer, ctypes.c_uint64(address), ctypes.c_size_t(back.nbytes))
+        cuda.call("cuMemcpyDtoH_v2", pointer, ctypes.c_uint64(address), ctypes.c_size_t(back.nbytes))
         np.testing.assert_array_equal(back, array)
     device.close()
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optframe.cuda import DriverError
 from optframe.details import DetailedRunner
 from optframe.errors import InputError, PluginError
 from optframe.latency import DeviceRunner
 from optframe_trt import flavours
 from optframe_trt import runner as module
 from optframe_trt.builder import Log
-from optframe_trt.driver import DriverError
 from optframe_trt.engine_file import EngineFacts
 from optframe_trt.flavours import KINDS, Flavour
 from optframe_trt.layers import Origin

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optframe_trt import driver
+from optframe import cuda
 
 Array = np.ndarray[Any, Any]
 
@@ -23,7 +23,7 @@ class _Handle:
     destroy = ""
 
     def __init__(self) -> None:
-        driver.ensure_context()
+        cuda.ensure_context()
         self.handle = ctypes.c_void_p()
 
     @property
@@ -34,7 +34,7 @@ class _Handle:
     def close(self) -> None:
         """Destroy it; once is enough."""
         if self.handle.value:
-            driver.call(self.destroy, self.handle)
+            cuda.call(self.destroy, self.handle)
             self.handle = ctypes.c_void_p()
 
 
@@ -45,11 +45,11 @@ class Stream(_Handle):
 
     def __init__(self) -> None:
         super().__init__()
-        driver.call("cuStreamCreate", ctypes.byref(self.handle), ctypes.c_uint(_NON_BLOCKING))
+        cuda.call("cuStreamCreate", ctypes.byref(self.handle), ctypes.c_uint(_NON_BLOCKING))
 
     def synchronize(self) -> None:
         """Wait for everything in the stream; errors of its kernels show here."""
-        driver.call("cuStreamSynchronize", self.handle)
+        cuda.call("cuStreamSynchronize", self.handle)
 
 
 class Event(_Handle):
@@ -59,16 +59,16 @@ class Event(_Handle):
 
     def __init__(self) -> None:
         super().__init__()
-        driver.call("cuEventCreate", ctypes.byref(self.handle), ctypes.c_uint(0))
+        cuda.call("cuEventCreate", ctypes.byref(self.handle), ctypes.c_uint(0))
 
     def record(self, stream: Stream) -> None:
         """Put the event into the stream."""
-        driver.call("cuEventRecord", self.handle, stream.handle)
+        cuda.call("cuEventRecord", self.handle, stream.handle)
 
     def milliseconds_since(self, start: Event) -> float:
         """Return the time between two events that have both passed."""
         elapsed = ctypes.c_float()
-        driver.call("cuEventElapsedTime", ctypes.byref(elapsed), start.handle, self.handle)
+        cuda.call("cuEventElapsedTime", ctypes.byref(elapsed), start.handle, self.handle)
         return elapsed.value
 
 
@@ -80,19 +80,19 @@ class Buffer(_Handle):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        driver.call("cuMemAlloc_v2", ctypes.byref(self.handle), ctypes.c_size_t(max(size, 1)))
+        cuda.call("cuMemAlloc_v2", ctypes.byref(self.handle), ctypes.c_size_t(max(size, 1)))
 
     def upload(self, array: Array, stream: Stream) -> None:
         """Copy a C-contiguous `array` to the device; it must live until the stream has been waited for."""
         if array.nbytes:
             pointer = ctypes.c_void_p(array.ctypes.data)
-            driver.call("cuMemcpyHtoDAsync_v2", self.handle, pointer, ctypes.c_size_t(array.nbytes), stream.handle)
+            cuda.call("cuMemcpyHtoDAsync_v2", self.handle, pointer, ctypes.c_size_t(array.nbytes), stream.handle)
 
     def download(self, array: Array, stream: Stream) -> None:
         """Copy the device's bytes into `array`, which is filled once the stream has been waited for."""
         if array.nbytes:
             pointer = ctypes.c_void_p(array.ctypes.data)
-            driver.call("cuMemcpyDtoHAsync_v2", pointer, self.handle, ctypes.c_size_t(array.nbytes), stream.handle)
+            cuda.call("cuMemcpyDtoHAsync_v2", pointer, self.handle, ctypes.c_size_t(array.nbytes), stream.handle)
 
 
 class Graph(_Handle):
@@ -103,23 +103,23 @@ class Graph(_Handle):
     def __init__(self, stream: Stream, work: Callable[[], None]) -> None:
         super().__init__()
         with _captured(stream, work) as graph:
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.handle), graph, ctypes.c_ulonglong(0))
+            cuda.call("cuGraphInstantiateWithFlags", ctypes.byref(self.handle), graph, ctypes.c_ulonglong(0))
 
     def launch(self, stream: Stream) -> None:
         """Put the graph into the stream."""
-        driver.call("cuGraphLaunch", self.handle, stream.handle)
+        cuda.call("cuGraphLaunch", self.handle, stream.handle)
 
 
 @contextmanager
 def _captured(stream: Stream, work: Callable[[], None]) -> Iterator[ctypes.c_void_p]:
     """Yield the graph of what `work` puts into the stream; the capture ends whatever happens."""
     graph = ctypes.c_void_p()
-    driver.call("cuStreamBeginCapture_v2", stream.handle, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
+    cuda.call("cuStreamBeginCapture_v2", stream.handle, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
     try:
         work()
     finally:
-        driver.call("cuStreamEndCapture", stream.handle, ctypes.byref(graph))
+        cuda.call("cuStreamEndCapture", stream.handle, ctypes.byref(graph))
     try:
         yield graph
     finally:
-        driver.call("cuGraphDestroy", graph)
+        cuda.call("cuGraphDestroy", graph)

@@ -1,14 +1,13 @@
-"""Loads PTX and launches its kernels through the CUDA driver, on device pointers or on host arrays."""
+"""Loads PTX through the CUDA driver and runs its kernels, on device addresses or on host arrays."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from optframe.errors import EnvironmentLacks, OptframeError
+from optframe.cuda import DriverError, PreparedLaunch, call, driver, ensure_context, may_overlap
 from optframe.types import KernelLaunch, TensorInfo
 
 if TYPE_CHECKING:
@@ -19,63 +18,6 @@ POISON = 0xFF
 
 _GUARD = 256
 """Poisoned bytes before and after each array."""
-
-
-class DriverError(OptframeError):
-    """A call of the CUDA driver failed."""
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise EnvironmentLacks(f"no NVIDIA driver was found ({error}); kernels run on an NVIDIA GPU only") from error
-    status = cuda.cuInit(ctypes.c_uint(0))
-    if status != 0:
-        raise EnvironmentLacks(f"the NVIDIA driver does not start ({_name(cuda, status)}); check `nvidia-smi`")
-    return cuda
-
-
-def _name(cuda: ctypes.CDLL, status: int) -> str:
-    text = ctypes.c_char_p()
-    cuda.cuGetErrorName(ctypes.c_int(status), ctypes.byref(text))
-    return (text.value or b"unknown error").decode()
-
-
-def call(function: str, *arguments: Any) -> None:
-    """Call a function of the CUDA driver.
-
-    Raises:
-        DriverError: it does not return success.
-    """
-    cuda = _driver()
-    status = getattr(cuda, function)(*arguments)
-    if status != 0:
-        raise DriverError(f"{function} failed with {_name(cuda, status)}")
-
-
-def ensure_context() -> int:
-    """Make the primary context of device 0 current where the thread has none, as it does outside torch or TensorRT.
-
-    Returns the handle of the current context; modules are loaded into one and run in it alone.
-
-    Raises:
-        EnvironmentLacks: there is no driver or no GPU.
-    """
-    current = ctypes.c_void_p()
-    call("cuCtxGetCurrent", ctypes.byref(current))
-    if current.value:
-        return current.value
-    count = ctypes.c_int()
-    call("cuDeviceGetCount", ctypes.byref(count))
-    if count.value == 0:
-        raise EnvironmentLacks("the NVIDIA driver sees no GPU; check `nvidia-smi`")
-    context = ctypes.c_void_p()
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
-    call("cuCtxSetCurrent", context)
-    assert context.value, "a retained context has a handle"
-    return context.value
 
 
 def compute_capability() -> int:
@@ -105,10 +47,11 @@ class Kernel:
         self._function = ctypes.c_void_p()
         call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
         call("cuModuleGetFunction", ctypes.byref(self._function), self._module, entry.encode())
+        self._overlap = may_overlap(ptx, self._function)
 
     def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> PreparedLaunch:
         """Return the launch with room for the addresses of so many `inputs` and `outputs`."""
-        return PreparedLaunch(self, self._function, launch, inputs, outputs)
+        return PreparedLaunch(self._function, launch, inputs, outputs, overlap=self._overlap)
 
     def __call__(self, launch: KernelLaunch, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
         """Launch on device addresses `inputs` (those that are present) and `outputs`, on a CUDA `stream` handle.
@@ -117,42 +60,6 @@ class Kernel:
             DriverError: the launch fails; errors of earlier kernels may show here too.
         """
         self.prepare(launch, len(inputs), len(outputs))(inputs, outputs, stream)
-
-
-class PreparedLaunch:
-    """A launch whose argument buffers are laid out; a call fills in addresses and launches, and makes nothing else.
-
-    Not for several threads at once.
-    """
-
-    def __init__(
-        self, kernel: Kernel, function: ctypes.c_void_p, launch: KernelLaunch, inputs: int, outputs: int
-    ) -> None:
-        self._kernel = kernel  # keeps the module loaded
-        self._empty = 0 in launch.grid
-        self._inputs = [ctypes.c_uint64() for _ in range(inputs)]
-        self._outputs = [ctypes.c_uint64() for _ in range(outputs)]
-        self._extras = [ctypes.c_int32(extra) for extra in launch.extras]
-        self._stream = ctypes.c_void_p()
-        values = [*self._inputs, *self._extras, *self._outputs]
-        parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        geometry = [ctypes.c_uint(size) for size in (*launch.grid, *launch.block, launch.shared_bytes)]
-        self._arguments = (function, *geometry, self._stream, parameters, None)
-
-    def __call__(self, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
-        """Launch on device addresses, on a CUDA `stream` handle; a stream that is captured takes the launch up.
-
-        Raises:
-            DriverError: the launch fails; errors of earlier kernels may show here too.
-        """
-        if self._empty:
-            return
-        for slot, address in zip(self._inputs, inputs, strict=True):
-            slot.value = address
-        for slot, address in zip(self._outputs, outputs, strict=True):
-            slot.value = address
-        self._stream.value = stream
-        call("cuLaunchKernel", *self._arguments)
 
 
 class _Buffer:
@@ -167,7 +74,7 @@ class _Buffer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _driver().cuMemFree_v2(self.address)
+        driver().cuMemFree_v2(self.address)
 
 
 def run_on_arrays(

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from optframe import files
+from optframe import cuda, files
 from optframe.errors import InputError
 from optframe.types import Feeds
-from optframe_trt import driver
 
 Array = np.ndarray[Any, Any]
 
@@ -49,14 +48,14 @@ class CudaDevice:
             EnvironmentLacks: there is no driver or GPU.
             DriverError: there is no memory left.
         """
-        driver.ensure_context()
+        cuda.ensure_context()
         address, size = self._buffers.get(name, (ctypes.c_uint64(), 0))
         if array.nbytes > size:
             self._free(name)
-            driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(array.nbytes))
+            cuda.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(array.nbytes))
             self._buffers[name] = (address, array.nbytes)
         source = array.ctypes.data_as(ctypes.c_void_p)
-        driver.call("cuMemcpyHtoD_v2", address, source, ctypes.c_size_t(array.nbytes))
+        cuda.call("cuMemcpyHtoD_v2", address, source, ctypes.c_size_t(array.nbytes))
         return address.value
 
     def close(self) -> None:
@@ -67,7 +66,7 @@ class CudaDevice:
     def _free(self, name: str) -> None:
         address, size = self._buffers.pop(name, (ctypes.c_uint64(), 0))
         if size:
-            driver.call("cuMemFree_v2", address)
+            cuda.call("cuMemFree_v2", address)
 
 
 class CalibrationBatches:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+from optframe import cuda
 from optframe.errors import InputError, PluginError
 from optframe.types import Defines, KernelLaunch, KernelSpec, OpSpec, TensorInfo
 from optframe_trt import driver, nvrtc, ptx_cache
@@ -178,9 +179,9 @@ def _compile(source: str, name: str, defines: Defines, targets: tuple[int, ...])
     return ptx_cache.compile_ptx(source, name=name, defines=defines, targets=targets)
 
 
-def prepare(kernel: CompiledKernel, launch: KernelLaunch, inputs: int, outputs: int) -> driver.PreparedLaunch:
+def prepare(kernel: CompiledKernel, launch: KernelLaunch, inputs: int, outputs: int) -> cuda.PreparedLaunch:
     """Load the kernel into the current CUDA context, once for each, and return the launch for so many tensors."""
-    return _load(driver.ensure_context(), kernel.ptx.text, kernel.entry).prepare(launch, inputs, outputs)
+    return _load(cuda.ensure_context(), kernel.ptx.text, kernel.entry).prepare(launch, inputs, outputs)
 
 
 @cache

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from optframe.cuda import PreparedLaunch
 from optframe.errors import InputError, PluginError
 from optframe.types import OpSpec, TensorInfo
 from optframe_trt import dims, fields, kernels
 from optframe_trt.calls import plugin_name
-from optframe_trt.driver import PreparedLaunch
 from optframe_trt.meaning import check_shapes, output_dtypes
 from optframe_trt.registration import Registration, keep_errors
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from optframe import details, files, store
 from optframe.backends.inputs import ModelInput, check_feeds
 from optframe.backends.runner import ClosableRunner
+from optframe.cuda import DriverError
 from optframe.details import EngineDetails
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.registry import default_registry
@@ -24,7 +25,6 @@ from optframe.types import Feeds, OpSpec, Outputs
 from optframe_trt import creators, flavours
 from optframe_trt.builder import Log, dtype_name, make_logger
 from optframe_trt.device import Buffer, Event, Graph, Stream
-from optframe_trt.driver import DriverError
 from optframe_trt.engine_file import EngineFacts
 from optframe_trt.flavours import Flavour
 from optframe_trt.layers import describe_times, engine_layers

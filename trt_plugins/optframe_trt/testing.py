@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from optframe import cuda
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.testing import ROUNDINGS, UNIT_ROUNDOFF
 from optframe.types import KernelLaunch, OpSpec, TensorInfo
@@ -208,7 +209,7 @@ def _runner(device: Device) -> Callable[[Case, int], list[Array]]:
     if device == "emulator":
         return _emulate
     try:
-        driver.ensure_context()
+        cuda.ensure_context()
     except EnvironmentLacks:
         if device == "gpu":
             raise
@@ -223,7 +224,8 @@ def _run_on_gpu(case: Case, offset: int) -> list[Array]:
 
 
 def _emulate(case: Case, offset: int) -> list[Array]:
-    kernel = kernels.compile_kernel(case.spec, case.launch, nvrtc.DEFAULT_TARGETS)
+    targets = emulator.targets(kernels.kernel_of(case.spec).read_source())
+    kernel = kernels.compile_kernel(case.spec, case.launch, targets)
     return emulator.run_on_arrays(kernel.ptx.text, case.launch, case.present, case.outputs, offset=offset)
 
 

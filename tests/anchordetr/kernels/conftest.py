@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optframe import cuda
 from optframe.errors import EnvironmentLacks
 from optframe.types import Defines, KernelSpec, TensorInfo
 from optframe_trt import driver, emulator, nvrtc
@@ -26,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @cache
-def compiled(source: str, defines: Defines) -> str:
-    return nvrtc.compile_ptx(source, defines=defines).text
+def compiled(source: str, defines: Defines, targets: tuple[int, ...]) -> str:
+    return nvrtc.compile_ptx(source, defines=defines, targets=targets).text
 
 
 @cache
@@ -47,9 +48,9 @@ def run(request: pytest.FixtureRequest) -> Run:
     Tests marked `large` take long under the emulator, so that they are slow ones there.
     """
     try:
-        compiled("", ())
+        compiled("", (), nvrtc.DEFAULT_TARGETS)
         if request.param == "gpu":
-            driver.ensure_context()
+            cuda.ensure_context()
     except EnvironmentLacks as reason:
         pytest.skip(str(reason))
 
@@ -67,7 +68,9 @@ def run(request: pytest.FixtureRequest) -> Run:
             reuse = spec.reuse_rule()
             assert reuse is not None
             launch = reuse(infos, outputs, attributes, launch.defines)
-        ptx = compiled(spec.read_source(), launch.defines)
+        source = spec.read_source()
+        targets = (driver.compute_capability(),) if request.param == "gpu" else emulator.targets(source)
+        ptx = compiled(source, launch.defines, targets)
         present = [array for array in inputs if array is not None]
         if request.param == "gpu":
             return driver.run_on_arrays(load(ptx, launch.entry), launch, present, outputs, offset=offset)

@@ -35,7 +35,7 @@ def emulate(needs_nvrtc: None) -> Emulate:
         checks: emulator.Checks | None = None,
     ) -> list[Array]:
         headers = "".join(header for name, header in HEADERS.items() if name in source)
-        ptx = nvrtc.compile_ptx(headers + source).text
+        ptx = nvrtc.compile_ptx(headers + source, targets=emulator.targets(source)).text
         threads = block if isinstance(block, tuple) else (block, 1, 1)
         launch = KernelLaunch("k", (), (grid, 1, 1), threads, shared, extras)
         return emulator.run_on_arrays(ptx, launch, inputs, outputs, offset=offset, checks=checks)

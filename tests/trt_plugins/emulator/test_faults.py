@@ -183,6 +183,39 @@ class TestBarriers:
         assert "is never left" in fault(body)
 
 
+class TestTheKernelBefore:
+    """A kernel that waits for it may be launched while it runs, and must read and write nothing until then."""
+
+    WAIT = 'asm volatile("griddepcontrol.wait;" ::: "memory");'
+
+    def test_reading_and_writing_too_early(self, fault: Fault) -> None:
+        read = f'float early = x[t]; asm volatile("" :: "f"(early)); {self.WAIT} y[t] = early;'
+        assert "reads before it waits for the kernel before: the instruction is griddepcontrol.wait" in fault(read)
+        assert "writes before it waits" in fault(f"y[t] = 1; {self.WAIT} y[t] = x[t];")
+        assert "writes before it waits" in fault(f"atomicAdd(y + t, 1.0f); {self.WAIT} y[t] = x[t];")
+        copied = (
+            "__shared__ float s[64]; unsigned to = __cvta_generic_to_shared(s + t);"
+            'asm volatile("cp.async.ca.shared.global [%0], [%1], 4; cp.async.wait_all;" :: "r"(to), "l"(x + t));'
+        )
+        assert "reads before it waits" in fault(f"{copied} {self.WAIT} y[t] = s[t];")
+
+    def test_threads_that_do_not_wait(self, fault: Fault) -> None:
+        message = fault(f"if (t != 40) {self.WAIT} y[t] = x[t];")
+        assert "block (0, 0, 0), thread (40, 0, 0): 'ld.global" in message
+        message = fault(f"if (t == 41) return; {self.WAIT} y[t] = x[t];")
+        assert "thread (41, 0, 0)" in message
+        assert "ends before it waits" in message
+
+    def test_waiting_first(self, emulate: Emulate) -> None:
+        x = np.arange(64, dtype=np.float32)
+        table = "__constant__ float by[2] = {1, 2}; __device__ float more = 3;"
+        call = 'asm volatile("griddepcontrol.launch_dependents;");'
+        body = f"float f = by[t % 2] + more; {call} {self.WAIT} y[t] = x[t] * f;"
+        for count in (1, 2):
+            (y,) = emulate(table + kernel(body + self.WAIT * (count - 1)), [x], [FLOATS], block=64)
+            np.testing.assert_array_equal(y, x * np.where(np.arange(64) % 2, 5, 4))
+
+
 class TestLimits:
     def test_an_endless_loop(self, fault: Fault) -> None:
         message = fault("while (((volatile const float*)x)[0] < 2); y[t] = 1;", checks=Checks(max_steps=10_000))
@@ -202,7 +235,7 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("assembly", "named"),
         [
-            ("griddepcontrol.wait;", "griddepcontrol.wait"),
+            ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned"),
             ("add.rn.wonderful.f32 %0, %0, %0;", ""),
             ("bar.arrive 1, 64;", "bar.arrive 1, 64"),
             ("tex.1d.v4.f32.f32 {%0, _, _, _}, [t, {%0}];", ""),

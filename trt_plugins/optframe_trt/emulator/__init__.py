@@ -11,6 +11,8 @@ instruction, its block and its thread:
   `ldmatrix` may read rows that nobody wrote, as tiles that reach past the data do, and gets poison;
 - barriers: in divergent code, or never left; lanes that an instruction of a warp waits for and that do not come. Lanes
   that have exited do not count, as on a GPU: a barrier that some pass by on their way to the end is no fault;
+- a kernel that has `griddepcontrol.wait`, and so may be launched while the one before it still runs: threads that read
+  or write tensors before it, or end without it;
 - launches beyond a GPU's limits, such as 48 KB of shared memory a block;
 - steps without end, `trap`, and calls of functions that were not inlined, which are errors once they are reached.
 
@@ -23,7 +25,7 @@ does not know is the error `Unsupported`, before anything runs.
 from __future__ import annotations
 
 from optframe_trt.emulator.faults import KernelFault, Unsupported
-from optframe_trt.emulator.launch import run_on_arrays
+from optframe_trt.emulator.launch import run_on_arrays, targets
 from optframe_trt.emulator.machine import Checks
 
-__all__ = ["Checks", "KernelFault", "Unsupported", "run_on_arrays"]
+__all__ = ["Checks", "KernelFault", "Unsupported", "run_on_arrays", "targets"]

@@ -360,6 +360,13 @@ def _nothing(binder: Binder, by: Instruction) -> None:
     """Bind what changes nothing here: fences, since all threads see memory alike; prefetches and pauses."""
 
 
+def _dependency(binder: Binder, by: Instruction) -> Step | None:
+    """griddepcontrol: waits for the kernel before, which a launch without one only notes, or calls the next one."""
+    if by.modifiers not in (("wait",), ("launch_dependents",)):
+        raise unsupported(by)
+    return (lambda machine: machine.wait()) if by.modifiers == ("wait",) else None
+
+
 def _active_mask(binder: Binder, by: Instruction) -> Step:
     if by.modifiers != ("b32",):
         raise unsupported(by)
@@ -388,5 +395,6 @@ BUILDERS: dict[str, Builder] = {
     "red": _atomic,
     "cp": _copy,
     "activemask": _active_mask,
+    "griddepcontrol": _dependency,
     **dict.fromkeys(("membar", "fence", "prefetch", "prefetchu", "nanosleep"), _nothing),
 }

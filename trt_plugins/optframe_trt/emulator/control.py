@@ -63,10 +63,14 @@ def _exit(binder: Binder, by: Instruction) -> Control:
     modifiers = list(by.modifiers)
     take(modifiers, ("uni",))
     require_none(by, modifiers)
-    if by.guard is None:
-        return lambda machine, here: machine.exit()
     guard = by.guard
-    return lambda machine, here: machine.exit(machine.holds(guard), here)
+
+    def end(machine: Machine, here: int) -> int | None:
+        leaving = machine.selected if guard is None else machine.selected & machine.holds(guard)
+        machine.require_waited(by, leaving, "ends")
+        return machine.exit(leaving, here)
+
+    return end
 
 
 def _fails(binder: Binder, by: Instruction) -> Control:

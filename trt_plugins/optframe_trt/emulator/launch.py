@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from optframe.cuda import WAIT
 from optframe.types import KernelLaunch, TensorInfo
 from optframe_trt.driver import POISON, numpy_dtype
 from optframe_trt.emulator.faults import KernelFault
 from optframe_trt.emulator.machine import Checks, Machine
 from optframe_trt.emulator.memory import GLOBAL_BASE, GlobalMemory
 from optframe_trt.emulator.program import Program, load
+from optframe_trt.nvrtc import DEFAULT_TARGETS
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +30,17 @@ _SHARED_BYTES = 48 * 1024
 """What a block gets of shared memory without a special request, which neither our driver calls nor TensorRT make."""
 
 _LIMITS = {"block": (1024, 1024, 64), "grid": (2**31 - 1, 65535, 65535)}
+
+
+_WAITS_FROM = 90
+
+
+def targets(source: str) -> tuple[int, ...]:
+    """Return the compute capabilities to compile CUDA source for, so that the emulator sees all that may go wrong.
+
+    They are the usual ones, but 9.0 for kernels that wait for the kernel before, which is there from then on.
+    """
+    return (_WAITS_FROM,) if WAIT in source else DEFAULT_TARGETS
 
 
 def run_on_arrays(

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from optframe.cuda import WAIT
 from optframe.errors import PluginError
 from optframe.types import KernelLaunch
 from optframe_trt.emulator import values
@@ -75,6 +76,7 @@ class Machine:
         self._places = np.where(self.live, 0, _GONE).astype(np.int32)
         self._blocked = np.zeros(self.threads, bool)
         self.carry = np.zeros(self.threads, bool)  # of add.cc and its like
+        self.unwaited = np.ones(self.threads, bool) if program.waits else None  # for the kernel before; None: all have
         self.barriers = np.zeros(self.threads, np.int64)  # 1 + the number of the barrier that a thread waits at
         self._retrying = False
         self._merge_at: int = _GONE
@@ -201,6 +203,19 @@ class Machine:
         """Raise an error for the thread at `position` among those selected."""
         thread = position if self.active is None else int(self.active[position])
         raise kind(f"the kernel {self.program.kernel.name}, {self.describe(thread)}: '{by.text}' {text}")
+
+    def wait(self) -> None:
+        """Note that the selected threads have waited for the kernel before."""
+        if self.unwaited is not None:
+            self.unwaited = self.unwaited & ~self.selected
+            if not (self.unwaited & self.live).any():
+                self.unwaited = None
+
+    def require_waited(self, by: Instruction, threads: Array, deed: str) -> None:
+        """Report those of `threads`, marks of all, that have not waited for the kernel before."""
+        if self.unwaited is not None and (threads & self.unwaited).any():
+            self.select(threads & self.unwaited)
+            self.fault(by, f"{deed} before it waits for the kernel before: the instruction is {WAIT}")
 
     def describe(self, thread: int) -> str:
         """Return which block and thread a number stands for."""

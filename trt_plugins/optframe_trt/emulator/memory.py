@@ -91,6 +91,9 @@ class GlobalMemory:
             KernelFault: one is out of bounds, misaligned, or writes to what is not to be written.
         """
         offsets = addresses - GLOBAL_BASE
+        tensors = machine.program.layout.global_bytes  # where they begin, behind the kernel's variables
+        if machine.unwaited is not None and (offsets >= tensors).any():
+            machine.require_waited(by, machine.selected, "writes" if writing else "reads")
         union = int(np.bitwise_or.reduce(offsets))
         if union >= 0 and not union & (size - 1):
             index = offsets >> SHIFTS[size]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optframe.cuda import WAIT
 from optframe_trt.emulator import ptx, values
 from optframe_trt.emulator.faults import Unsupported
 from optframe_trt.emulator.memory import GLOBAL_BASE
@@ -55,7 +56,8 @@ class Program:
     """A kernel with its bound instructions.
 
     `stops[i]` is the first place from i on whose instruction is a control; `steps` has such for all the others.
-    `constants` are of the register files: bits, or the name of a special register.
+    `constants` are of the register files: bits, or the name of a special register. `waits`: whether an instruction
+    waits for the kernel before.
     """
 
     kernel: ptx.Kernel
@@ -64,6 +66,7 @@ class Program:
     controls: dict[int, Control] = field(default_factory=dict)
     stops: list[int] = field(default_factory=list)
     constants: dict[int, list[int | str]] = field(default_factory=lambda: {file: [] for file in (1, 16, 32, 64)})
+    waits: bool = False
 
 
 class Binder:
@@ -166,6 +169,7 @@ def load(text: str, entry: str) -> Program:
         step = BUILDERS[instruction.opcode](binder, instruction) or _nothing
         program.steps.append(guarded(step, instruction.guard) if instruction.guard else step)
     program.stops = _stops(program)
+    program.waits = any(".".join((one.opcode, *one.modifiers)) == WAIT for one in kernel.instructions)
     program.constants = {file: list(table) for file, table in binder.constants.items()}
     return program
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from optframe.backends.torch.dtypes import info
 from optframe.backends.torch.registry import Call, OpNode
+from optframe.cuda import PreparedLaunch, ensure_context, may_overlap
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.types import Defines, KernelLaunch, KernelSpec, OpSpec, TensorInfo
 
@@ -70,28 +72,37 @@ class KernelCall:
 def _launch(kernel: KernelSpec, launch: KernelLaunch, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
     if 0 in launch.grid:
         return
-    import cupy
-    import numpy as np
-
     device = inputs[0].device.index or 0
-    arguments = (
-        *(np.uint64(tensor.data_ptr()) for tensor in inputs),
-        *(np.int32(extra) for extra in launch.extras),
-        *(np.uint64(tensor.data_ptr()) for tensor in outputs),
-    )
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
-        function = _compiled(kernel, launch.entry, launch.defines, device)
-        function(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
+    with torch.cuda.device(device):
+        ensure_context(device)
+        compiled = _compiled(kernel, launch.entry, launch.defines, device)
+        prepared = compiled.prepare(launch, len(inputs), len(outputs))
+        stream = torch.cuda.current_stream().cuda_stream
+        prepared([tensor.data_ptr() for tensor in inputs], [tensor.data_ptr() for tensor in outputs], stream)
+
+
+class _Compiled:
+    """A kernel that is loaded on a device, and stays so."""
+
+    def __init__(self, kernel: Any, source: str) -> None:
+        self._kernel = kernel  # CuPy's, which keeps it loaded
+        self._function = ctypes.c_void_p(kernel.kernel.ptr)
+        self._overlap = may_overlap(source, self._function)
+
+    def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> PreparedLaunch:
+        return PreparedLaunch(self._function, launch, inputs, outputs, overlap=self._overlap)
 
 
 @cache
-def _compiled(kernel: KernelSpec, entry: str, defines: Defines, device: int) -> Any:
-    """Return CuPy's function of the kernel, compiled for the device at hand."""
+def _compiled(kernel: KernelSpec, entry: str, defines: Defines, device: int) -> _Compiled:
+    """Return the kernel, compiled by CuPy for the device at hand."""
     import cupy
 
     options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
+    source = kernel.read_source()
     try:
-        return cupy.RawModule(code=kernel.read_source(), options=options, backend="nvrtc").get_function(entry)
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(code=source, options=options, backend="nvrtc")
+            return _Compiled(module.get_function(entry), source)
     except cupy.cuda.compiler.CompileException as error:
         raise PluginError(f"{kernel.source} does not compile: {(str(error).splitlines() or [''])[0]}") from error
