@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor
 
 from optframe import ops
 from optframe.backends.torch import backend, kernels
@@ -15,7 +16,7 @@ from optframe.backends.torch.kernels import KernelCall
 from optframe.backends.torch.registry import Call, OpNode
 from optframe.errors import InputError
 from optframe.types import OpSpec
-from optframe_anchordetr.ops import LAYER_NORM, RCDA
+from optframe_anchordetr.ops import LAYER_NORM, RCDA, SKIP_LAYER_NORM
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
@@ -68,6 +69,49 @@ def test_tensors_in_any_layout_are_taken() -> None:
     (y,) = KernelCall(LAYER_NORM, {"epsilon": 1e-5})(x)
     exact = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-5)
     assert (y.double() - exact).abs().max().item() < 32 * 2**-24 * exact.abs().max().item()  # a dozen float32 roundings
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "height", "width"), [("float16", 30, 41), ("float32", 3, 5), ("bfloat16", 84, 60)])
+def test_overlapping_launches_see_what_was_written(dtype: str, height: int, width: int) -> None:
+    """Kernels that read what the one before wrote, among torch's and on two streams, give what they give one by one."""
+    norm, skip_norm = KernelCall(LAYER_NORM, {}), KernelCall(SKIP_LAYER_NORM, {})
+    attend = KernelCall(RCDA, {"num_heads": 8})
+    start = torch.randn(1, height, width, 256, device="cuda").to(getattr(torch, dtype))
+    side = torch.cuda.Stream()
+
+    def run(pause: Callable[[], object]) -> Tensor:
+        x = start
+        for _ in range(20):
+            (y,) = norm(x)
+            pause()
+            rows, columns, queries = y.mean(1), y.mean(2), y.flatten(1, 2)
+            pause()
+            (z,) = attend(queries, queries, rows, columns, y)
+            pause()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                (z,) = norm(z)
+            torch.cuda.current_stream().wait_stream(side)
+            pause()
+            y, x = skip_norm(z.reshape(x.shape), x)
+            pause()
+            x = skip_norm(x, y)[0]
+            pause()
+        return x
+
+    expected = run(torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(3):
+        assert torch.equal(run(lambda: None), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(lambda: None)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 @pytest.mark.gpu

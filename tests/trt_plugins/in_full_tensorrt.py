@@ -299,7 +299,7 @@ def main() -> int:
     sys.modules["capped"] = ModuleType("capped")
     vars(sys.modules["capped"])["launch"] = capped_launch
     assert LAYER_NORM.kernel is not None
-    capped = replace(LAYER_NORM, name="Capped", kernel=replace(LAYER_NORM.kernel, launch="capped:launch"))
+    capped = replace(LAYER_NORM, name="Capped", kernel=replace(LAYER_NORM.kernel, launch="capped:launch", reuse=""))
     capped = replace(capped, function="capped:function")
     vars(sys.modules["capped"])["function"] = capped_function
     vars(sys.modules["capped"])["exact_function"] = exact_function

@@ -36,6 +36,26 @@ __device__ __forceinline__ bool inside(int step, int column) {
   return kColumns % kStride == 0 || (step + 1) * kStride <= kColumns || column < kColumns;
 }
 
+// A block and a thread of it. All addresses come from here, so that no access moves ahead of the wait.
+struct Place {
+  unsigned block, thread;
+};
+
+// How many blocks at the end of a grid call the next kernel: each does so for 1.2 ns, which is longer than a large grid
+// takes for a small block.
+constexpr unsigned kLastBlocks = 1024;
+
+// Lets the next kernel on the stream come as soon as all blocks have begun, and waits for the one before, which this one
+// may have been launched ahead of: "Programmatic Dependent Launch" in the CUDA C++ Programming Guide.
+__device__ __forceinline__ Place take_place() {
+  Place place = {blockIdx.x, threadIdx.x};
+#if __CUDA_ARCH__ >= 900
+  if (gridDim.x - place.block <= kLastBlocks) asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" : "+r"(place.block), "+r"(place.thread)::"memory");
+#endif
+  return place;
+}
+
 template <typename T>
 struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Pack {
   T item[kVector];
@@ -219,11 +239,11 @@ __device__ __forceinline__ Moments moments(const Sums& sums) {
 #if LN_LONG
 
 template <bool Aligned, int Call>
-__device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, float shift) {
+__device__ __forceinline__ Moments read_moments(const Row<Aligned>& row, unsigned thread, float shift) {
   Sums sums;
 #pragma unroll 4
   for (int step = 0; step < kSteps; ++step) {
-    const int column = threadIdx.x * kVector + step * kStride;
+    const int column = thread * kVector + step * kStride;
     if (!inside(step, column)) continue;
     const Pack<Type> pack = row.template read<Reuse::kSoon>(column);
 #pragma unroll
@@ -237,17 +257,18 @@ template <bool Aligned, bool Large>
 __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type* __restrict__ skip,
                                           const Scale* __restrict__ scale, const Bias* __restrict__ bias, int rows,
                                           Type* __restrict__ y, Type* __restrict__ sum) {
-  const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(blockIdx.x);
+  const auto [block, thread] = take_place();
+  const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(block);
   float shift = row.guess();
-  Moments found = read_moments<Aligned, 0>(row, shift);
+  Moments found = read_moments<Aligned, 0>(row, thread, shift);
   if (found.far()) {
     shift += found.mean;
-    found = read_moments<Aligned, 1>(row, shift);
+    found = read_moments<Aligned, 1>(row, thread, shift);
   }
   const float factor = rsqrtf(found.variance + LN_EPSILON);
 #pragma unroll 4
   for (int step = 0; step < kSteps; ++step) {
-    const int column = threadIdx.x * kVector + step * kStride;
+    const int column = thread * kVector + step * kStride;
     if (!inside(step, column)) continue;
     const Pack<Type> pack = row.template read<Reuse::kDone>(column);
     Parameters parameters;
@@ -295,9 +316,10 @@ __device__ __forceinline__ void normalise(const Type* __restrict__ x, const Type
   // Parameters loaded with the row shorten the wait. Blocks of large 16-bit matrices are 0.5 % faster without.
   constexpr bool kEarly = LN_EARLY && Aligned && !(Large && kLanes > 32 && sizeof(Type) == 2);
   constexpr Reuse kNext = Large ? Reuse::kNone : Reuse::kAny;
-  const int first = threadIdx.x % kLanes * kVector;
+  const auto [block, thread] = take_place();
+  const int first = thread % kLanes * kVector;
   // All lanes take part in the shuffles: groups past the end write the last row again, the same values.
-  const unsigned index = blockIdx.x * static_cast<unsigned>(kGroups) + threadIdx.x / kLanes;
+  const unsigned index = block * kGroups + thread / kLanes;
   const unsigned last = rows - 1;
   const Row<Aligned> row = Row<Aligned>{x, skip, scale, bias, y, sum}.at(min(index, last));
   Kept kept[kSteps];

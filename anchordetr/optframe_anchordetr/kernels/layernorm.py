@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from optframe.types import KernelLaunch, TensorInfo
+from optframe.types import Defines, KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels.checks import (
     CUDA_TYPES,
     INT32_MAX,
@@ -24,8 +25,11 @@ _WORD = 16
 _MOST_COLUMNS = 2**30
 """The kernel counts columns in 32 bits, and up to a step past the end of a row."""
 
+_WARP_WORDS = {1: 128, 2: 96}
+"""Rows of so many words in each of one or two inputs are done by a warp, and several by a block."""
+
 _WARP_COLUMNS = 768
-"""Rows up to this are done by a warp, and several by a block."""
+"""The same where accesses are narrower than a word."""
 
 _MOST_VALUES = 32
 """Elements of a row that a lane keeps in registers; a block of 1024 lanes reads rows of more twice."""
@@ -36,12 +40,16 @@ _LONG_BYTES = 8192
 _LONG_COLUMNS = 8192
 """Longer rows are kept again, as far as they fit: of float32, a lane would read more than four words twice."""
 
-_EARLY_COLUMNS = 1024
-"""The parameters of longer rows are loaded after the statistics, since they take registers that hide latency; not where
-accesses are narrower than a word."""
+_EARLY_COLUMNS, _EARLY_BYTES = 1024, 192
+"""The parameters of longer rows, or of which a lane needs more bytes, are loaded after the statistics, since they take
+registers that hide latency; not where accesses are narrower than a word."""
 
 _BLOCK = 64
-"""Threads of a block that takes several rows, for each matrix read: small blocks spread evenly and leave early."""
+"""Threads of a block that takes several rows: small blocks spread evenly and leave early."""
+
+_FEW_BLOCKS, _MANY_BLOCKS = 1024, 8192
+"""Grids with more blocks than the first, for each matrix read, and up to the second, have half as many of twice the
+threads: while there are no others to hide behind, beginning 1000 blocks takes longer than a microsecond."""
 
 _LARGE_BYTES = 2**24
 """A matrix from this size on counts as too large for caches: with its output it takes more than half of an H200's."""
@@ -58,10 +66,21 @@ def layernorm_launch(
     Raises:
         InputError: shapes, dtypes or epsilon do not fit.
     """
-    x, scale, bias = pad("LayerNorm", inputs, 1, 3)
-    assert x is not None
-    require(len(outputs) == 1, "LayerNorm has one output")
-    return _launch("LayerNorm", "layernorm", x, scale, bias, outputs, attributes)
+    return _launch(_plain(inputs, outputs), attributes)
+
+
+def layernorm_reuse(
+    inputs: Sequence[TensorInfo | None],
+    outputs: Sequence[TensorInfo],
+    attributes: Mapping[str, object],
+    defines: Defines,
+) -> KernelLaunch:
+    """Return the launch, as `layernorm_launch` does, of the kernel that has these `defines`: one for other rows.
+
+    Raises:
+        InputError: the call does not fit the op or this kernel.
+    """
+    return _relaunch(_plain(inputs, outputs), attributes, defines)
 
 
 def skip_layernorm_launch(
@@ -74,23 +93,61 @@ def skip_layernorm_launch(
     Raises:
         InputError: shapes, dtypes or epsilon do not fit.
     """
+    return _launch(_with_skip(inputs, outputs), attributes)
+
+
+def skip_layernorm_reuse(
+    inputs: Sequence[TensorInfo | None],
+    outputs: Sequence[TensorInfo],
+    attributes: Mapping[str, object],
+    defines: Defines,
+) -> KernelLaunch:
+    """Return what `layernorm_reuse` does, for a call of `skip_layernorm_launch`.
+
+    Raises:
+        InputError: the call does not fit the op or this kernel.
+    """
+    return _relaunch(_with_skip(inputs, outputs), attributes, defines)
+
+
+class _Call(NamedTuple):
+    """A call of an op whose kernel is `entry`, with the numbers of inputs and outputs known to be right."""
+
+    op: str
+    entry: str
+    x: TensorInfo
+    scale: TensorInfo | None
+    bias: TensorInfo | None
+    outputs: Sequence[TensorInfo]
+
+
+def _plain(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo]) -> _Call:
+    x, scale, bias = pad("LayerNorm", inputs, 1, 3)
+    assert x is not None
+    require(len(outputs) == 1, "LayerNorm has one output")
+    return _Call("LayerNorm", "layernorm", x, scale, bias, outputs)
+
+
+def _with_skip(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo]) -> _Call:
     x, skip, scale, bias = pad("SkipLayerNorm", inputs, 2, 4)
     assert x is not None
     assert skip is not None
     require(len(outputs) == 2, "SkipLayerNorm has two outputs, y and sum")
     require_same("SkipLayerNorm", "skip", skip, x)
-    return _launch("SkipLayerNorm", "skip_layernorm", x, scale, bias, outputs, attributes)
+    return _Call("SkipLayerNorm", "skip_layernorm", x, scale, bias, outputs)
 
 
-def _launch(
-    op: str,
-    entry: str,
-    x: TensorInfo,
-    scale: TensorInfo | None,
-    bias: TensorInfo | None,
-    outputs: Sequence[TensorInfo],
-    attributes: Mapping[str, object],
-) -> KernelLaunch:
+def _relaunch(call: _Call, attributes: Mapping[str, object], defines: Defines) -> KernelLaunch:
+    groups = dict(defines).get("LN_GROUPS", "")
+    require(groups.isdecimal() and int(groups) > 0, f"{call.op}: the kernel is not one of layer normalisation")
+    launch = _launch(call, attributes, int(groups))
+    require(launch.defines == defines, f"{call.op}: the kernel is one for other columns, dtypes, parameters or epsilon")
+    return launch
+
+
+def _launch(call: _Call, attributes: Mapping[str, object], groups: int | None = None) -> KernelLaunch:
+    """Return the launch of the kernel whose blocks take so many rows, or as many as are best."""
+    op, entry, x, scale, bias, outputs = call
     require_float(op, "x", x)
     require(bool(x.shape) and x.shape[-1] > 0, f"{op}: x needs a last axis with at least one column")
     for name, parameter in (("scale", scale), ("bias", bias)):
@@ -103,7 +160,7 @@ def _launch(
     require(columns <= _MOST_COLUMNS, f"{op}: {columns} columns are more than the {_MOST_COLUMNS} that a kernel takes")
     require(rows <= INT32_MAX, f"{op}: {rows} rows are more than the {INT32_MAX} that a launch takes")
     parameter_bytes = sum(ITEM_BYTES[parameter.dtype] for parameter in (scale, bias) if parameter)
-    geometry = _geometry(columns, ITEM_BYTES[x.dtype], parameter_bytes, 1 + (entry == "skip_layernorm"))
+    geometry = _geometry(rows, columns, ITEM_BYTES[x.dtype], parameter_bytes, 1 + (entry == "skip_layernorm"), groups)
     defines = (
         ("LN_TYPE", CUDA_TYPES[x.dtype]),
         ("LN_SCALE_TYPE", CUDA_TYPES[scale.dtype if scale else "float32"]),
@@ -119,11 +176,16 @@ def _launch(
     return KernelLaunch(entry, defines, (blocks, 1, 1), (threads, 1, 1), 0, (rows,))
 
 
-def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int) -> dict[str, int]:
-    """Return who normalises a row of `columns` of each of `matrices` inputs, and how.
+def _geometry(
+    rows: int, columns: int, item_bytes: int, parameter_bytes: int, matrices: int, groups: int | None
+) -> dict[str, int]:
+    """Return who normalises a row of `columns` of each of `matrices` inputs, and how, `groups` rows a block.
+
+    How many `rows` there are decides no more than the rows a block, where `groups` does not, so that no result depends
+    on it.
 
     Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or of each
-    where rows are read twice; more where a warp does rows up to _WARP_COLUMNS, or a block of 512 threads longer ones.
+    where rows are read twice; more where a warp does rows up to _WARP_WORDS, or a block of 512 threads longer ones.
     `parameter_bytes` are those of scale and bias together, for one column. Rows that are read twice ask for 2048
     threads a multiprocessor; GPUs that hold 1536 leave such a kernel its registers.
     """
@@ -135,8 +197,11 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
     long = too_long or (whole and not short and columns <= _LONG_COLUMNS)
     if too_long:
         lanes = 1024
-    early = columns <= _EARLY_COLUMNS or not whole
-    groups = max(_BLOCK * matrices // lanes, 1) if lanes <= 32 else 1
+    early = not whole or (columns <= _EARLY_COLUMNS and values * parameter_bytes <= _EARLY_BYTES)
+    if lanes > 32:
+        groups = 1
+    elif groups is None:
+        groups = _block(rows * lanes, matrices) // lanes
     if long:
         resident = 2048 if values * item_bytes <= 2 * _WORD and matrices == 1 else 1536
     else:
@@ -159,12 +224,19 @@ def _geometry(columns: int, item_bytes: int, parameter_bytes: int, matrices: int
     }
 
 
+def _block(threads: int, matrices: int) -> int:
+    """Return the threads of a block that takes several rows, if all rows together take so many."""
+    blocks = cdiv(threads, _BLOCK)
+    if blocks <= _FEW_BLOCKS * matrices:
+        return _BLOCK
+    return 2 * _BLOCK if blocks <= _MANY_BLOCKS else _BLOCK * matrices
+
+
 def _lanes(columns: int, words: int, whole: bool, matrices: int) -> int:
     """Return the lanes of a row of so many words in each of `matrices`; `whole`: accesses are of words, not less."""
-    few = columns <= _WARP_COLUMNS
     if not whole:
-        return _power_of_two(min(words, 32) if few else min(cdiv(words, 2), 256))
-    lanes = min(_power_of_two(cdiv(words * matrices, 3)), 32 if few else 512)
+        return _power_of_two(min(words, 32) if columns <= _WARP_COLUMNS else min(cdiv(words, 2), 256))
+    lanes = min(_power_of_two(cdiv(words * matrices, 3)), 32 if words <= _WARP_WORDS[matrices] else 512)
     return lanes if lanes <= 32 else min(lanes, cdiv(words, 32) * 32)  # no warp without a word
 
 
@@ -178,8 +250,10 @@ def _resident(registers: int, lanes: int, whole: bool) -> int:
     The compiler, left to itself, takes more registers, and fewer rows hide each other's latency; with too few registers
     it loads parameters late. Both cost up to 5 %.
     """
-    if not whole or registers > 40:
+    if not whole or registers > 48 or (registers > 40 and lanes > 32):
         return 640
+    if registers > 40:
+        return 768
     if registers <= 16:
         return 1536
     if lanes > 32:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from optframe.errors import InputError
-from optframe.types import KernelLaunch, KernelSpec, TensorInfo
+from optframe.types import Defines, KernelLaunch, KernelSpec, TensorInfo
 from optframe_anchordetr.kernels import LAYERNORM, SKIP_LAYERNORM, layernorm
 from optframe_trt import emulator, nvrtc
 
@@ -50,13 +50,79 @@ def launch(spec: KernelSpec, *inputs: TensorInfo | None, outputs: int = 1, **att
     return spec.launch_rule()(inputs, [inputs[0]] * outputs, attributes)  # type: ignore[arg-type, list-item]
 
 
+KERNELS = (LAYERNORM, SKIP_LAYERNORM)
+SPECS = [pytest.param(LAYERNORM, id="plain"), pytest.param(SKIP_LAYERNORM, id="skip")]
+
+
+def tensors(spec: KernelSpec, shape: tuple[int, int], dtype: str) -> list[TensorInfo | None]:
+    """All that the op adds, without parameters; they are like its outputs."""
+    return [TensorInfo(shape, dtype)] * (1 + KERNELS.index(spec))
+
+
+def chosen(spec: KernelSpec, shape: tuple[int, int], dtype: str = "float16", **attributes: object) -> KernelLaunch:
+    given = tensors(spec, shape, dtype)
+    return spec.launch_rule()(given, given, attributes)  # type: ignore[arg-type]
+
+
+def reused(spec: KernelSpec, shape: tuple[int, int], dtype: str, defines: Defines) -> KernelLaunch:
+    rule, given = spec.reuse_rule(), tensors(spec, shape, dtype)
+    assert rule is not None
+    return rule(given, given, {}, defines)  # type: ignore[arg-type]
+
+
 class TestLaunchRule:
-    def test_rows_do_not_change_the_defines(self) -> None:
-        few, many = (launch(LAYERNORM, TensorInfo((rows, 256), "float16")) for rows in (3, 32768))
-        assert few.defines == many.defines
-        assert (few.extras, many.extras) == ((3,), (32768,))
-        per_block = few.block[0] // dict_of(few)["LN_LANES"]
-        assert (few.grid, many.grid) == ((1, 1, 1), (32768 // per_block, 1, 1))
+    @pytest.mark.parametrize("spec", SPECS)
+    @pytest.mark.parametrize("columns", [8, 256, 257, 1024, 4096])
+    def test_rows_decide_the_rows_a_block_alone(self, spec: KernelSpec, columns: int) -> None:
+        for rows in (1, 900, 3350, 8192, 100_000, 10**6):
+            few, many = (chosen(spec, (count, columns)) for count in (3, rows))
+            differ = {name for name, value in many.defines if dict(few.defines)[name] != value}
+            assert differ <= {"LN_GROUPS", "LN_BLOCKS"}
+            groups = dict_of(many)["LN_GROUPS"]
+            assert (many.grid, many.extras) == ((-(-rows // groups), 1, 1), (rows,))
+            resident = [c.block[0] * int(dict(c.defines)["LN_BLOCKS"]) for c in (few, many)]
+            assert max(resident) - min(resident) < 128, "registers of a thread"
+
+    @pytest.mark.parametrize(
+        ("spec", "rows", "threads"),
+        [
+            *((LAYERNORM, 4096, 64), (LAYERNORM, 4097, 128), (LAYERNORM, 32768, 128), (LAYERNORM, 32772, 64)),
+            *((SKIP_LAYERNORM, 4096, 64), (SKIP_LAYERNORM, 4097, 128), (SKIP_LAYERNORM, 10**6, 128)),
+        ],
+    )
+    def test_threads_of_a_block(self, spec: KernelSpec, rows: int, threads: int) -> None:
+        assert chosen(spec, (rows, 256)).block == (threads, 1, 1)
+
+    @pytest.mark.parametrize("spec", SPECS)
+    @pytest.mark.parametrize(
+        ("columns", "dtype"), [(256, "float16"), (768, "float32"), (33, "bfloat16"), (9000, "float32")]
+    )
+    def test_a_kernel_does_any_rows(self, spec: KernelSpec, columns: int, dtype: str) -> None:
+        calls = [chosen(spec, (rows, columns), dtype) for rows in (0, 1, 577, 5000, 40_000)]
+        for kernel in calls:
+            for own in calls:
+                (rows,) = own.extras
+                used = reused(spec, (rows, columns), dtype, kernel.defines)
+                assert (used.defines, used.block, used.extras) == (kernel.defines, kernel.block, (rows,))
+                assert used.grid[0] == -(-rows // dict_of(kernel)["LN_GROUPS"])
+                if own.defines == kernel.defines:
+                    assert used == own
+
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_kernels_for_other_calls_are_refused(self, spec: KernelSpec) -> None:
+        other = KERNELS[1 - KERNELS.index(spec)]
+        for defines in (
+            chosen(spec, (3, 257)).defines,
+            chosen(spec, (3, 256), "float32").defines,
+            chosen(spec, (3, 256), epsilon=1e-3).defines,
+            chosen(other, (3, 256)).defines,
+            chosen(spec, (3, 256)).defines[1:],
+        ):
+            with pytest.raises(InputError, match="the kernel is one for other columns, dtypes, parameters or epsilon"):
+                reused(spec, (3, 256), "float16", defines)
+        for defines in ((), (("LN_GROUPS", "many"),), (("LN_GROUPS", "0"),)):
+            with pytest.raises(InputError, match="the kernel is not one of layer normalisation"):
+                reused(spec, (3, 256), "float16", defines)
 
     @pytest.mark.parametrize(
         "columns",
@@ -241,6 +307,17 @@ class TestKernel:
         x, scale, bias = draw(seed, (rows, columns), dtype), draw(1, (columns,), dtype), draw(2, (columns,), dtype)
         (y,) = run(LAYERNORM, [x, scale, bias], [TensorInfo(x.shape, dtype)], {"epsilon": EPSILON})
         assert_close(y, layernorm64(x, scale, bias), dtype)
+
+    @pytest.mark.parametrize("columns", [16, 256, 257, 1024])
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_kernels_for_other_rows_give_the_same_bits(self, run: Run, spec: KernelSpec, columns: int) -> None:
+        arrays = [draw(24 + i, (37, columns), "float16") for i in range(1 + KERNELS.index(spec))]
+        outputs = tensors(spec, (37, columns), "float16")
+        own = run(spec, arrays, outputs, {})
+        for rows in (1, 700, 200_000, 10**7):
+            wide = tensors(spec, (rows, columns), "float16")
+            for actual, expected in zip(run(spec, arrays, outputs, {}, made_for=(wide, wide)), own, strict=True):
+                np.testing.assert_array_equal(actual, expected)
 
     @pytest.mark.parametrize("columns", [256, 4096, 20000])
     def test_large_offsets(self, run: Run, columns: int) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from optframe.cuda import launches_overlap
 
 CONFIGS: dict[str, tuple[int, int, int, int, int]] = {
     f"triton-{m}x{n}x{k}-{warps}w{stages}": (m, n, k, warps, stages)
@@ -42,7 +46,11 @@ def _linear(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:  # the next kernel may begin once all blocks have; this one may have begun while the one before runs
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     w += batch * K * N
     bias += batch * N
@@ -74,6 +82,13 @@ def _linear(  # type: ignore[no-untyped-def]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside_m & inside_n)
 
 
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Say whether launches may overlap on a device; see `optframe.cuda.may_overlap`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return hasattr(tl.extra.cuda, "gdc_wait") and launches_overlap(10 * major + minor)
+
+
 def linear(config: str, x: Tensor, w: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> Tensor:
     """Return x @ w + bias + other, then Relu if asked: x (M, K), w (K, N) of any strides, bias (N), other (M, N).
 
@@ -83,10 +98,11 @@ def linear(config: str, x: Tensor, w: Tensor, bias: Tensor | None, other: Tensor
     (rows, depth), columns, batch = x.shape, w.shape[-1], w.shape[:-2]
     m, n, k, warps, stages = CONFIGS[config]
     y = torch.empty((*batch, rows, columns), dtype=x.dtype, device=x.device)
+    overlap = _overlaps(x.device)
     grid = (triton.cdiv(rows, m) * triton.cdiv(columns, n), *(batch or (1,)))
     _linear[grid](
         x, w, x if bias is None else bias, x if other is None else other, y,
         rows, columns, depth, w.stride(-2), w.stride(-1), bias is not None, other is not None, relu,
-        m, n, k, 8, num_warps=warps, num_stages=stages,
+        m, n, k, 8, overlap, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return y
