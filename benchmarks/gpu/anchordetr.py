@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from optframe_anchordetr.adapter import AnchorDETRAdapter, AnchorDETROptions
 from optframe_anchordetr.export import export
 
 SIZE = (800, 1066)
-WARM_UP, RUNS = 10, 100
+WARM_UP, RUNS, PROFILED_RUNS = 10, 100, 10
 OURS = "optframe torch"
 PIPELINES = {"fp16": "anchordetr-cuda", "tf32": "anchordetr-tensorrt", "fp32": "anchordetr-tensorrt"}
 """The faster of both: merged products win where no kernel of half precision wants its inputs apart."""
@@ -123,40 +123,44 @@ class Bench:
         }
 
 
-def budget(run: Callable[[], Any], runs: int = 10) -> list[dict[str, Any]]:
-    """Return microseconds and launches of a run by class of kernel, and what of the run no kernel covers."""
+def kernel_times(run: Callable[[], Any]) -> Iterator[tuple[str, float]]:
+    """Yield name and microseconds a run of each launch and copy, over PROFILED_RUNS runs.
+
+    Launches may overlap: one that begins while others still run, for which it waits, counts from their end on.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     run()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(runs):
+        for _ in range(PROFILED_RUNS):
             run()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    covered = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        start, end = event.time_range.start, event.time_range.end
+        yield event.name, max(end - max(start, covered), 0.0) / PROFILED_RUNS
+        covered = max(covered, end)
+
+
+def budget(times: Sequence[tuple[str, float]], median_ms: float) -> list[dict[str, Any]]:
+    """Return microseconds and launches of a run by class of kernel, and what of the run no kernel covers."""
     spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            names = (kind for kind, marks in CLASSES.items() if any(mark in event.name for mark in marks))
-            entry = spent[next(names, "elementwise and reductions")]
-            entry[0] += event.device_time / runs
-            entry[1] += 1 / runs
+    for name, us in times:
+        kinds = (kind for kind, marks in CLASSES.items() if any(mark in name for mark in marks))
+        entry = spent[next(kinds, "elementwise and reductions")]
+        entry[0] += us
+        entry[1] += 1 / PROFILED_RUNS
     rows = [{"class": kind, "us": round(us, 1), "launches": round(n)} for kind, (us, n) in sorted(spent.items())]
-    median, _ = timed(run)
-    rows.append({"class": "gaps", "us": round(median * 1e3 - sum(us for us, _ in spent.values()), 1), "launches": 0})
+    rows.append({"class": "gaps", "us": round(median_ms * 1e3 - sum(us for _, us in times), 1), "launches": 0})
     return rows
 
 
-def kernels(run: Callable[[], Any], runs: int = 5) -> list[tuple[float, float, str]]:
+def longest(times: Sequence[tuple[str, float]]) -> list[tuple[float, float, str]]:
     """Return (microseconds, launches, name) of each kernel of a run, the most expensive first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(runs):
-            run()
     spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name][0] += event.device_time / runs
-            spent[event.name][1] += 1 / runs
+    for name, us in times:
+        spent[name][0] += us
+        spent[name][1] += 1 / PROFILED_RUNS
     return sorted(((us, n, name) for name, (us, n) in spent.items()), reverse=True)
 
 
@@ -179,11 +183,12 @@ def tell_budget(bench: Bench, run: Callable[[], Any], path: Path) -> None:
     pipeline = bench.pipeline("fp16")
     rates = floors.measured_rates(torch.float16)
     floor = floors.floor_us(graph.load(bench.optimized(pipeline) / "fp16.onnx"), rates)
-    rows = [row | {"floor_us": round(floor.get(row["class"], 0.0), 1)} for row in budget(run)]
+    times, (median, _) = list(kernel_times(run)), timed(run)
+    rows = [row | {"floor_us": round(floor.get(row["class"], 0.0), 1)} for row in budget(times, median)]
     save(path, f"anchordetr_budget_batch{bench.batch}", rows, pipeline=pipeline, rates=dataclasses.asdict(rates))
     for row in rows:
         print(f"    {row['us']:8.1f} us, floor {row['floor_us']:6.1f} {row['launches']:4} launches  {row['class']}")
-    for us, count, name in kernels(run)[:40]:
+    for us, count, name in longest(times)[:40]:
         print(f"    {us:8.1f} us {count:5.0f} x  {name[:110]}")
 
 
