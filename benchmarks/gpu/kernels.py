@@ -79,7 +79,7 @@ def require_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def _copy(words: int, x: Tensor, y: Tensor) -> Prepared:
     count = x.numel() * x.element_size() // 16
     defines = (("COPY_WORDS", str(words)),)
-    launch = KernelLaunch("copy", defines, (-(-count // (256 * words)), 1, 1), (256, 1, 1), 0, (count,))
+    launch = KernelLaunch("copy", defines, (-(-count // (256 * words)), 1, 1), (256, 1, 1), 0, (count,), overlap=True)
     return Prepared((Path(__file__).parent / "copy.cu").read_text(), launch)
 
 

@@ -11,11 +11,13 @@ from optframe.errors import EnvironmentLacks, OptframeError
 from optframe.types import KernelLaunch
 
 WAIT = "griddepcontrol.wait"
-"""The instruction by which a kernel waits until those before it have ended, and sees what they wrote."""
+"""The PTX instruction by which a kernel waits until those before it have ended, and sees what they wrote."""
 
-_PTX_VERSION = 5  # CU_FUNC_ATTRIBUTE_PTX_VERSION: the architecture that the code was compiled for, such as 90
+WAIT_ARCHITECTURE = 90
+"""The first architecture that has it; code compiled for an earlier one does not wait."""
+
+_PTX_VERSION = 5  # CU_FUNC_ATTRIBUTE_PTX_VERSION: the virtual architecture that a function was compiled for
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...
-_WAIT_ARCHITECTURE = 90
 _OVERLAP_DRIVER = 12030
 """CUDA 12.3, from which on CUDA graphs take such launches up."""
 
@@ -82,26 +84,20 @@ def ensure_context(device: int = 0) -> int:
     return context.value
 
 
-def may_overlap(code: str, function: ctypes.c_void_p) -> bool:
-    """Say whether a loaded kernel may be launched while the one before it on its stream still runs.
-
-    `code` is its PTX or CUDA source. Such a launch saves what lies between two kernels. It is the kernel's wish: where
-    it is compiled for compute capability 9.0 or later, each of its threads waits by `griddepcontrol.wait` before it
-    reads or writes global memory, as all kernels of a source must that mentions it (the emulator of `optframe_trt`
-    watches). Source: "Programmatic Dependent Launch" in the CUDA C++ Programming Guide.
-    """
-    if WAIT not in code:
-        return False
-    architecture = ctypes.c_int()
-    call("cuFuncGetAttribute", ctypes.byref(architecture), ctypes.c_int(_PTX_VERSION), function)
-    return launches_overlap(architecture.value)
-
-
 def launches_overlap(architecture: int) -> bool:
-    """Say whether kernels for an architecture, such as 90, can wait for those before, and the driver is new enough."""
+    """Say whether launches of kernels compiled for an architecture, such as 90, may overlap with the driver at hand.
+
+    Source: "Programmatic Dependent Launch" in the CUDA C++ Programming Guide.
+    """
     version = ctypes.c_int()
     call("cuDriverGetVersion", ctypes.byref(version))
-    return architecture >= _WAIT_ARCHITECTURE and version.value >= _OVERLAP_DRIVER
+    return architecture >= WAIT_ARCHITECTURE and version.value >= _OVERLAP_DRIVER
+
+
+def _architecture(function: ctypes.c_void_p) -> int:
+    found = ctypes.c_int()
+    call("cuFuncGetAttribute", ctypes.byref(found), ctypes.c_int(_PTX_VERSION), function)
+    return found.value
 
 
 class _Attribute(ctypes.Structure):
@@ -126,19 +122,21 @@ class _Config(ctypes.Structure):
 class PreparedLaunch:
     """A launch whose argument buffers are laid out; a call fills in addresses and launches, and makes nothing else.
 
-    Not for several threads at once. Whoever loaded `function` keeps its module loaded. `overlap` is what `may_overlap`
-    says of it.
+    Not for several threads at once. Whoever loaded `function` keeps its module loaded. A launch overlaps, where it may,
+    if the function was compiled for an architecture on which it waits.
+
+    Raises:
+        DriverError: there is no such function.
     """
 
-    def __init__(
-        self, function: ctypes.c_void_p, launch: KernelLaunch, inputs: int, outputs: int, *, overlap: bool = False
-    ) -> None:
+    def __init__(self, function: ctypes.c_void_p, launch: KernelLaunch, inputs: int, outputs: int) -> None:
         self._empty = 0 in launch.grid
         self._inputs = [ctypes.c_uint64() for _ in range(inputs)]
         self._outputs = [ctypes.c_uint64() for _ in range(outputs)]
         self._extras = [ctypes.c_int32(extra) for extra in launch.extras]
         values = [*self._inputs, *self._extras, *self._outputs]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        overlap = launch.overlap and launches_overlap(_architecture(function))
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         self._config = _Config(
             launch.grid, launch.block, launch.shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)

@@ -171,6 +171,10 @@ class KernelLaunch:
 
     Float attributes, dtypes and the presence of optional inputs are baked into the source by `defines`, since an
     ahead-of-time TensorRT plugin can hand a kernel no scalars but int32. A grid with a zero means: nothing to launch.
+
+    `overlap` lets the kernel begin while the one before it on its stream still runs, on GPUs from compute capability
+    9.0 on (programmatic dependent launch). Compiled for these, each of its threads waits by `griddepcontrol.wait`
+    before it reads or writes global memory and before it ends.
     """
 
     entry: str
@@ -179,6 +183,7 @@ class KernelLaunch:
     block: tuple[int, int, int]
     shared_bytes: int = 0
     extras: tuple[int, ...] = ()
+    overlap: bool = False
 
     def flaw(self) -> str | None:
         """Return which field is of another type than declared, and how it is wrong, or None."""
@@ -192,6 +197,8 @@ class KernelLaunch:
             return f"shared_bytes are {self.shared_bytes!r}, not an integer"
         if not isinstance(self.defines, tuple) or not all(map(_is_define, self.defines)):
             return f"defines are {self.defines!r}, not a tuple of pairs of text"
+        if not isinstance(self.overlap, bool):
+            return f"overlap is {self.overlap!r}, not true or false"
         return None if isinstance(self.entry, str) else f"entry is {self.entry!r}, not text"
 
 

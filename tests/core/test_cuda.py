@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,32 +63,33 @@ def test_an_empty_grid_launches_nothing(called: list[tuple[Any, ...]]) -> None:
     assert not called
 
 
-def test_an_overlapping_launch_says_so(called: list[tuple[Any, ...]]) -> None:
-    cuda.PreparedLaunch(FUNCTION, LAUNCH, 1, 1, overlap=True)([1], [2])
-    config = called[0][1]._obj
-    attribute = config.attributes[0]
-    assert (config.attribute_count, attribute.id, attribute.value) == (1, 6, 1)
-
-
 @pytest.mark.parametrize(
-    ("code", "architecture", "driver", "expected"),
+    ("asked", "architecture", "driver", "overlaps"),
     [
-        ("griddepcontrol.wait;", 90, 12030, True),
-        ("griddepcontrol.wait;", 120, 13000, True),
-        ("griddepcontrol.wait;", 80, 13000, False),  # compiled for a GPU without the instruction
-        ("griddepcontrol.wait;", 90, 12020, False),
-        ("griddepcontrol.launch_dependents;", 90, 13000, False),
+        (True, 90, 12030, True),
+        (True, 120, 13000, True),
+        (True, 89, 13000, False),  # compiled for a GPU on which kernels cannot wait
+        (True, 90, 12020, False),
+        (False, 90, 13000, False),
     ],
 )
-def test_kernels_overlap_that_wait(
-    monkeypatch: pytest.MonkeyPatch, code: str, architecture: int, driver: int, expected: bool
+def test_launches_overlap_of_kernels_that_wait(
+    monkeypatch: pytest.MonkeyPatch, asked: bool, architecture: int, driver: int, overlaps: bool
 ) -> None:
-    def answer(name: str, result: Any, *_: object) -> None:
-        values: dict[str, Callable[[], int]] = {
-            "cuFuncGetAttribute": lambda: architecture,
-            "cuDriverGetVersion": lambda: driver,
-        }
-        result._obj.value = values[name]()
+    launched = []
+
+    def answer(name: str, *arguments: Any) -> None:
+        if name == "cuFuncGetAttribute":
+            result, attribute, function = arguments
+            assert (attribute.value, function) == (5, FUNCTION)  # CU_FUNC_ATTRIBUTE_PTX_VERSION
+            result._obj.value = architecture
+        elif name == "cuDriverGetVersion":
+            arguments[0]._obj.value = driver
+        else:
+            launched.append(arguments[0]._obj)
 
     monkeypatch.setattr(cuda, "call", answer)
-    assert cuda.may_overlap(code, FUNCTION) is expected
+    cuda.PreparedLaunch(FUNCTION, replace(LAUNCH, overlap=asked), 1, 1)([1], [2])
+    (config,) = launched
+    assert config.attribute_count == overlaps
+    assert (config.attributes[0].id, config.attributes[0].value) == (6, 1)  # programmatic stream serialization

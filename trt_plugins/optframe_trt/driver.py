@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from optframe.cuda import DriverError, PreparedLaunch, call, driver, ensure_context, may_overlap
+from optframe.cuda import DriverError, PreparedLaunch, call, driver, ensure_context
 from optframe.types import KernelLaunch, TensorInfo
 
 if TYPE_CHECKING:
@@ -47,11 +47,10 @@ class Kernel:
         self._function = ctypes.c_void_p()
         call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
         call("cuModuleGetFunction", ctypes.byref(self._function), self._module, entry.encode())
-        self._overlap = may_overlap(ptx, self._function)
 
     def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> PreparedLaunch:
         """Return the launch with room for the addresses of so many `inputs` and `outputs`."""
-        return PreparedLaunch(self._function, launch, inputs, outputs, overlap=self._overlap)
+        return PreparedLaunch(self._function, launch, inputs, outputs)
 
     def __call__(self, launch: KernelLaunch, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
         """Launch on device addresses `inputs` (those that are present) and `outputs`, on a CUDA `stream` handle.

@@ -204,8 +204,8 @@ def _with_non_finite(case: Case, rng: np.random.Generator) -> Iterator[Case]:
                 yield case.changed(name, by)
 
 
-def _runner(device: Device) -> Callable[[Case, int], list[Array]]:
-    """Return what runs a call's kernel on arrays so many bytes off their alignment."""
+def _runner(device: Device) -> Callable[[Case, int], list[list[Array]]]:
+    """Return what runs a call's kernel on arrays so many bytes off their alignment, once or as for several GPUs."""
     if device == "emulator":
         return _emulate
     try:
@@ -217,23 +217,26 @@ def _runner(device: Device) -> Callable[[Case, int], list[Array]]:
     return _run_on_gpu
 
 
-def _run_on_gpu(case: Case, offset: int) -> list[Array]:
+def _run_on_gpu(case: Case, offset: int) -> list[list[Array]]:
     kernel = kernels.compile_kernel(case.spec, case.launch, (driver.compute_capability(),))
     loaded = driver.Kernel(kernel.ptx.text, kernel.entry)
-    return driver.run_on_arrays(loaded, case.launch, case.present, case.outputs, offset=offset)
+    return [driver.run_on_arrays(loaded, case.launch, case.present, case.outputs, offset=offset)]
 
 
-def _emulate(case: Case, offset: int) -> list[Array]:
-    targets = emulator.targets(kernels.kernel_of(case.spec).read_source())
-    kernel = kernels.compile_kernel(case.spec, case.launch, targets)
-    return emulator.run_on_arrays(kernel.ptx.text, case.launch, case.present, case.outputs, offset=offset)
+def _emulate(case: Case, offset: int) -> list[list[Array]]:
+    compiled = [kernels.compile_kernel(case.spec, case.launch, (target,)) for target in emulator.targets(case.launch)]
+    return [
+        emulator.run_on_arrays(kernel.ptx.text, case.launch, case.present, case.outputs, offset=offset)
+        for kernel in compiled
+    ]
 
 
 def _check_kernel(
-    run: Callable[[Case, int], list[Array]], case: Case, reference: Reference, roundings: float, offset: int = 0
+    run: Callable[[Case, int], list[list[Array]]], case: Case, reference: Reference, roundings: float, offset: int = 0
 ) -> None:
-    actual = run(case, offset)
-    assert_outputs_close(case, actual, case.expected(reference), roundings)
+    expected = case.expected(reference)
+    for actual in run(case, offset):
+        assert_outputs_close(case, actual, expected, roundings)
 
 
 def assert_outputs_close(case: Case, actual: Sequence[Array], expected: Sequence[Array], roundings: float) -> None:

@@ -41,12 +41,12 @@ struct Place {
   unsigned block, thread;
 };
 
-// How many blocks at the end of a grid call the next kernel: each does so for 1.2 ns, which is longer than a large grid
-// takes for a small block.
+// How many blocks at the end of a grid call the next kernel. A call costs 1.2 ns, and a large grid of small blocks takes
+// less than that for a block.
 constexpr unsigned kLastBlocks = 1024;
 
-// Lets the next kernel on the stream come as soon as all blocks have begun, and waits for the one before, which this one
-// may have been launched ahead of: "Programmatic Dependent Launch" in the CUDA C++ Programming Guide.
+// Lets the next kernel on the stream begin as soon as the last blocks of this one have begun and the others have ended, and
+// waits for the one before, which may still run: "Programmatic Dependent Launch" in the CUDA C++ Programming Guide.
 __device__ __forceinline__ Place take_place() {
   Place place = {blockIdx.x, threadIdx.x};
 #if __CUDA_ARCH__ >= 900

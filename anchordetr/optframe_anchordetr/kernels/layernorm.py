@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from optframe.errors import InputError
 from optframe.types import Defines, KernelLaunch, TensorInfo
 from optframe_anchordetr.kernels.checks import (
     CUDA_TYPES,
@@ -45,11 +46,11 @@ _EARLY_COLUMNS, _EARLY_BYTES = 1024, 192
 registers that hide latency; not where accesses are narrower than a word."""
 
 _BLOCK = 64
-"""Threads of a block that takes several rows: small blocks spread evenly and leave early."""
+"""Threads of a block that takes several rows, or half of them: small blocks spread evenly and leave early."""
 
 _FEW_BLOCKS, _MANY_BLOCKS = 1024, 8192
-"""Grids with more blocks than the first, for each matrix read, and up to the second, have half as many of twice the
-threads: while there are no others to hide behind, beginning 1000 blocks takes longer than a microsecond."""
+"""From more small blocks than the first, for each matrix read, half as many large ones do the work: to begin 1000 takes
+longer than a microsecond. A matrix without a residual that takes more than the second hides that."""
 
 _LARGE_BYTES = 2**24
 """A matrix from this size on counts as too large for caches: with its output it takes more than half of an H200's."""
@@ -138,15 +139,15 @@ def _with_skip(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo
 
 
 def _relaunch(call: _Call, attributes: Mapping[str, object], defines: Defines) -> KernelLaunch:
-    groups = dict(defines).get("LN_GROUPS", "")
-    require(groups.isdecimal() and int(groups) > 0, f"{call.op}: the kernel is not one of layer normalisation")
-    launch = _launch(call, attributes, int(groups))
-    require(launch.defines == defines, f"{call.op}: the kernel is one for other columns, dtypes, parameters or epsilon")
-    return launch
+    for block in (_BLOCK, 2 * _BLOCK):
+        launch = _launch(call, attributes, block)
+        if launch.defines == defines:
+            return launch
+    raise InputError(f"{call.op}: the kernel is one for other columns, dtypes, parameters or epsilon")
 
 
-def _launch(call: _Call, attributes: Mapping[str, object], groups: int | None = None) -> KernelLaunch:
-    """Return the launch of the kernel whose blocks take so many rows, or as many as are best."""
+def _launch(call: _Call, attributes: Mapping[str, object], block: int | None = None) -> KernelLaunch:
+    """Return the launch; blocks that take several rows have `block` threads, or as many as are best."""
     op, entry, x, scale, bias, outputs = call
     require_float(op, "x", x)
     require(bool(x.shape) and x.shape[-1] > 0, f"{op}: x needs a last axis with at least one column")
@@ -160,7 +161,7 @@ def _launch(call: _Call, attributes: Mapping[str, object], groups: int | None = 
     require(columns <= _MOST_COLUMNS, f"{op}: {columns} columns are more than the {_MOST_COLUMNS} that a kernel takes")
     require(rows <= INT32_MAX, f"{op}: {rows} rows are more than the {INT32_MAX} that a launch takes")
     parameter_bytes = sum(ITEM_BYTES[parameter.dtype] for parameter in (scale, bias) if parameter)
-    geometry = _geometry(rows, columns, ITEM_BYTES[x.dtype], parameter_bytes, 1 + (entry == "skip_layernorm"), groups)
+    geometry = _geometry(rows, columns, ITEM_BYTES[x.dtype], parameter_bytes, 1 + (entry == "skip_layernorm"), block)
     defines = (
         ("LN_TYPE", CUDA_TYPES[x.dtype]),
         ("LN_SCALE_TYPE", CUDA_TYPES[scale.dtype if scale else "float32"]),
@@ -173,16 +174,16 @@ def _launch(call: _Call, attributes: Mapping[str, object], groups: int | None = 
     )
     threads = geometry["LN_LANES"] * geometry["LN_GROUPS"]
     blocks = cdiv(rows, geometry["LN_GROUPS"])
-    return KernelLaunch(entry, defines, (blocks, 1, 1), (threads, 1, 1), 0, (rows,))
+    return KernelLaunch(entry, defines, (blocks, 1, 1), (threads, 1, 1), 0, (rows,), overlap=True)
 
 
 def _geometry(
-    rows: int, columns: int, item_bytes: int, parameter_bytes: int, matrices: int, groups: int | None
+    rows: int, columns: int, item_bytes: int, parameter_bytes: int, matrices: int, block: int | None
 ) -> dict[str, int]:
-    """Return who normalises a row of `columns` of each of `matrices` inputs, and how, `groups` rows a block.
+    """Return who normalises a row of `columns` of each of `matrices` inputs, and how.
 
-    How many `rows` there are decides no more than the rows a block, where `groups` does not, so that no result depends
-    on it.
+    How many `rows` there are decides no more than the threads of a block that takes several, where `block` does not, so
+    that no result depends on it.
 
     Measured best on an H200 for 256 to 8192 columns: a lane has two or three words, of all inputs together, or of each
     where rows are read twice; more where a warp does rows up to _WARP_WORDS, or a block of 512 threads longer ones.
@@ -198,10 +199,7 @@ def _geometry(
     if too_long:
         lanes = 1024
     early = not whole or (columns <= _EARLY_COLUMNS and values * parameter_bytes <= _EARLY_BYTES)
-    if lanes > 32:
-        groups = 1
-    elif groups is None:
-        groups = _block(rows * lanes, matrices) // lanes
+    groups = (block or _block(rows * lanes, matrices)) // lanes if lanes <= 32 else 1
     if long:
         resident = 2048 if values * item_bytes <= 2 * _WORD and matrices == 1 else 1536
     else:
@@ -227,9 +225,8 @@ def _geometry(
 def _block(threads: int, matrices: int) -> int:
     """Return the threads of a block that takes several rows, if all rows together take so many."""
     blocks = cdiv(threads, _BLOCK)
-    if blocks <= _FEW_BLOCKS * matrices:
-        return _BLOCK
-    return 2 * _BLOCK if blocks <= _MANY_BLOCKS else _BLOCK * matrices
+    few, many = blocks <= _FEW_BLOCKS * matrices, blocks > _MANY_BLOCKS
+    return _BLOCK if few or (many and matrices == 1) else 2 * _BLOCK
 
 
 def _lanes(columns: int, words: int, whole: bool, matrices: int) -> int:

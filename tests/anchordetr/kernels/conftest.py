@@ -69,7 +69,7 @@ def run(request: pytest.FixtureRequest) -> Run:
             assert reuse is not None
             launch = reuse(infos, outputs, attributes, launch.defines)
         source = spec.read_source()
-        targets = (driver.compute_capability(),) if request.param == "gpu" else emulator.targets(source)
+        targets = (driver.compute_capability(),) if request.param == "gpu" else emulator.targets(launch)[-1:]
         ptx = compiled(source, launch.defines, targets)
         present = [array for array in inputs if array is not None]
         if request.param == "gpu":

@@ -111,18 +111,45 @@ class TestLaunchRule:
     @pytest.mark.parametrize("spec", SPECS)
     def test_kernels_for_other_calls_are_refused(self, spec: KernelSpec) -> None:
         other = KERNELS[1 - KERNELS.index(spec)]
+        own = dict(chosen(spec, (3, 256)).defines)
         for defines in (
             chosen(spec, (3, 257)).defines,
             chosen(spec, (3, 256), "float32").defines,
             chosen(spec, (3, 256), epsilon=1e-3).defines,
             chosen(other, (3, 256)).defines,
             chosen(spec, (3, 256)).defines[1:],
+            *(
+                tuple((own | {"LN_GROUPS": groups, "LN_BLOCKS": "1"}).items())
+                for groups in ("1", "1000000", "9" * 5000)
+            ),
+            (),
         ):
             with pytest.raises(InputError, match="the kernel is one for other columns, dtypes, parameters or epsilon"):
                 reused(spec, (3, 256), "float16", defines)
-        for defines in ((), (("LN_GROUPS", "many"),), (("LN_GROUPS", "0"),)):
-            with pytest.raises(InputError, match="the kernel is not one of layer normalisation"):
-                reused(spec, (3, 256), "float16", defines)
+
+    @pytest.mark.parametrize(
+        ("spec", "columns", "dtype", "lanes"),
+        [
+            *((LAYERNORM, 768, "float16", 32), (LAYERNORM, 1024, "float16", 32), (LAYERNORM, 1032, "float16", 64)),
+            *((LAYERNORM, 512, "float32", 32), (LAYERNORM, 768, "float32", 64), (LAYERNORM, 1024, "float32", 128)),
+            *((SKIP_LAYERNORM, 768, "float16", 32), (SKIP_LAYERNORM, 1024, "float16", 128)),
+            *((SKIP_LAYERNORM, 384, "float32", 32), (SKIP_LAYERNORM, 512, "float32", 128)),
+            *((LAYERNORM, 767, "float16", 32), (LAYERNORM, 769, "float16", 64)),  # narrow accesses
+        ],
+    )
+    def test_warps_and_blocks(self, spec: KernelSpec, columns: int, dtype: str, lanes: int) -> None:
+        assert dict_of(chosen(spec, (7, columns), dtype))["LN_LANES"] == lanes
+
+    @pytest.mark.parametrize(
+        ("columns", "parameter", "early"),
+        [(768, "float32", 1), (1024, "float16", 1), (1024, "float32", 0), (1032, "float16", 0), (1033, "float16", 1)],
+    )
+    def test_parameters_that_take_many_registers_are_loaded_late(
+        self, columns: int, parameter: str, early: int
+    ) -> None:
+        vectors = [TensorInfo((columns,), parameter)] * 2
+        defines = dict(launch(LAYERNORM, TensorInfo((7, columns), "float16"), *vectors).defines)
+        assert int(defines["LN_EARLY"]) == early
 
     @pytest.mark.parametrize(
         "columns",
@@ -221,6 +248,9 @@ def test_compiles(spec: KernelSpec, columns: int, dtype: str) -> None:
     skips = int(spec is SKIP_LAYERNORM)
     chosen = launch(spec, *[x] * (1 + skips), parameter, parameter, outputs=1 + skips)
     ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+    later = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines, targets=(90,)).text
+    for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+        assert (instruction in ptx, instruction in later) == (False, chosen.overlap) == (False, True)
     parameters = ptx.split(f".entry {chosen.entry}(")[1].split(")")[0]
     assert parameters.count(".param .u64") == 4 + 2 * skips
     assert parameters.count(".param .u32") == 1

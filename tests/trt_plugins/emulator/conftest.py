@@ -33,11 +33,12 @@ def emulate(needs_nvrtc: None) -> Emulate:
         extras: tuple[int, ...] = (),
         offset: int = 0,
         checks: emulator.Checks | None = None,
+        overlap: bool = False,
     ) -> list[Array]:
         headers = "".join(header for name, header in HEADERS.items() if name in source)
-        ptx = nvrtc.compile_ptx(headers + source, targets=emulator.targets(source)).text
         threads = block if isinstance(block, tuple) else (block, 1, 1)
-        launch = KernelLaunch("k", (), (grid, 1, 1), threads, shared, extras)
+        launch = KernelLaunch("k", (), (grid, 1, 1), threads, shared, extras, overlap)
+        ptx = nvrtc.compile_ptx(headers + source, targets=emulator.targets(launch)[-1:]).text
         return emulator.run_on_arrays(ptx, launch, inputs, outputs, offset=offset, checks=checks)
 
     return run

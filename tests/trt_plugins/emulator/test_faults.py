@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optframe.types import KernelLaunch, TensorInfo
-from optframe_trt import emulator
+from optframe_trt import emulator, nvrtc
 from optframe_trt.emulator import Checks, KernelFault, Unsupported
 
 Array = np.ndarray[Any, Any]
@@ -184,36 +184,74 @@ class TestBarriers:
 
 
 class TestTheKernelBefore:
-    """A kernel that waits for it may be launched while it runs, and must read and write nothing until then."""
+    """In a launch that may overlap with it, each thread waits before it reads or writes tensors, and before it ends."""
 
     WAIT = 'asm volatile("griddepcontrol.wait;" ::: "memory");'
+    EARLY = 'float early = x[t]; asm volatile("" :: "f"(early));'
+    COPY = (
+        "__shared__ float s[64]; unsigned to = __cvta_generic_to_shared(s + t);"
+        'asm volatile("cp.async.ca.shared.global [%0], [%1], 4; cp.async.wait_all;" :: "r"(to), "l"(x + t));'
+    )
 
-    def test_reading_and_writing_too_early(self, fault: Fault) -> None:
-        read = f'float early = x[t]; asm volatile("" :: "f"(early)); {self.WAIT} y[t] = early;'
-        assert "reads before it waits for the kernel before: the instruction is griddepcontrol.wait" in fault(read)
-        assert "writes before it waits" in fault(f"y[t] = 1; {self.WAIT} y[t] = x[t];")
-        assert "writes before it waits" in fault(f"atomicAdd(y + t, 1.0f); {self.WAIT} y[t] = x[t];")
-        copied = (
-            "__shared__ float s[64]; unsigned to = __cvta_generic_to_shared(s + t);"
-            'asm volatile("cp.async.ca.shared.global [%0], [%1], 4; cp.async.wait_all;" :: "r"(to), "l"(x + t));'
-        )
-        assert "reads before it waits" in fault(f"{copied} {self.WAIT} y[t] = s[t];")
+    @pytest.mark.parametrize(
+        ("body", "deed", "thread"),
+        [
+            (f"{EARLY} WAIT y[t] = early;", "reads", 0),
+            (f"{COPY} WAIT y[t] = s[t];", "reads", 0),
+            ("y[t] = 1; WAIT y[t] = x[t];", "writes", 0),
+            ("atomicAdd(y + t, 1.0f); WAIT y[t] = x[t];", "writes", 0),
+            ("y[t] = x[t];", "reads", 0),
+            ("if (t != 40) WAIT y[t] = x[t];", "reads", 40),
+            ("if (t == 41) return; WAIT y[t] = x[t];", "ends", 41),
+            (
+                'asm("{.reg .pred p; setp.eq.u32 p, %0, 42; @p exit;}" :: "r"(t)); WAIT y[t] = x[t];',
+                "ends",
+                42,
+            ),
+            ("", "ends", 0),
+            ("#if __CUDA_ARCH__ >= 1000\n WAIT\n#endif\n y[t] = x[t];", "reads", 0),
+        ],
+    )
+    def test_threads_that_do_not_wait(self, fault: Fault, body: str, deed: str, thread: int) -> None:
+        message = fault("\n" + body.replace("WAIT", self.WAIT), overlap=True)
+        assert f"thread ({thread}, 0, 0)" in message
+        assert f"{deed} before the thread ran griddepcontrol.wait, as one whose launch may overlap has to" in message
 
-    def test_threads_that_do_not_wait(self, fault: Fault) -> None:
-        message = fault(f"if (t != 40) {self.WAIT} y[t] = x[t];")
-        assert "block (0, 0, 0), thread (40, 0, 0): 'ld.global" in message
-        message = fault(f"if (t == 41) return; {self.WAIT} y[t] = x[t];")
-        assert "thread (41, 0, 0)" in message
-        assert "ends before it waits" in message
-
-    def test_waiting_first(self, emulate: Emulate) -> None:
+    @pytest.mark.parametrize(
+        "body", ["", "if (blockIdx.x > 0)", "if (t % 2)", "for (int i = 0; i < 3; ++i)", "if (t < 7) WAIT else"]
+    )
+    def test_threads_that_wait(self, emulate: Emulate, body: str) -> None:
+        """Once, or in several ways; other kernels' launches do not overlap, and code for older GPUs cannot wait."""
         x = np.arange(64, dtype=np.float32)
-        table = "__constant__ float by[2] = {1, 2}; __device__ float more = 3;"
-        call = 'asm volatile("griddepcontrol.launch_dependents;");'
-        body = f"float f = by[t % 2] + more; {call} {self.WAIT} y[t] = x[t] * f;"
-        for count in (1, 2):
-            (y,) = emulate(table + kernel(body + self.WAIT * (count - 1)), [x], [FLOATS], block=64)
-            np.testing.assert_array_equal(y, x * np.where(np.arange(64) % 2, 5, 4))
+        ways = f"{body} WAIT".replace("WAIT", self.WAIT)
+        source = kernel(f"{ways} {self.WAIT} if (blockIdx.x == 2) y[t] = x[t];")
+        (y,) = emulate(source, [x], [FLOATS], block=64, grid=3, overlap=True)
+        np.testing.assert_array_equal(y, x)
+        (y,) = emulate(kernel("y[t] = x[t];"), [x], [FLOATS], block=64)
+        np.testing.assert_array_equal(y, x)
+        launch = KernelLaunch("k", (), (1, 1, 1), (64, 1, 1), overlap=True)
+        (y,) = emulator.run_on_arrays(nvrtc.compile_ptx(kernel("y[t] = x[t];")).text, launch, [x], [FLOATS])
+        np.testing.assert_array_equal(y, x)
+
+    def test_variables_are_read_before_the_wait_or_written_after_it(self, emulate: Emulate) -> None:
+        x = np.arange(64, dtype=np.float32)
+        variables = "__constant__ float by[2] = {1, 2}; __device__ float more = 3; __device__ int count = 0;"
+
+        def run(body: str) -> Array:
+            source = variables + kernel(body.replace("WAIT", self.WAIT))
+            return emulate(source, [x], [FLOATS], block=64, overlap=True)[0]
+
+        expected = x * np.where(np.arange(64) % 2, 5, 4)
+        np.testing.assert_array_equal(run("float f = by[t % 2] + more; WAIT y[t] = x[t] * f;"), expected)
+        np.testing.assert_array_equal(run("WAIT y[t] = x[t] * (by[t % 2] + more); count = t;"), expected)
+        mixed = "float early = *(t % 2 ? &more : x); WAIT y[t] = x[t] * early;"
+        with pytest.raises(KernelFault, match=r"thread \(0, 0, 0\): 'ld[^']*' reads before the thread ran"):
+            run(mixed)
+        run(f"if (t % 2 == 0) {{ WAIT }} {mixed}")
+        with pytest.raises(KernelFault, match="writes before the thread ran"):
+            run("atomicAdd(&count, 1); WAIT y[t] = x[t];")
+        with pytest.raises(KernelFault, match="writes a variable that was read before"):
+            run("int n = count; WAIT y[t] = x[t] + n; if (t == 9) count = n + 1;")
 
 
 class TestLimits:
@@ -235,6 +273,7 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("assembly", "named"),
         [
+            ("griddepcontrol.wait;", "griddepcontrol.wait"),  # which sm_80 lacks
             ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned"),
             ("add.rn.wonderful.f32 %0, %0, %0;", ""),
             ("bar.arrive 1, 64;", "bar.arrive 1, 64"),

@@ -11,8 +11,8 @@ instruction, its block and its thread:
   `ldmatrix` may read rows that nobody wrote, as tiles that reach past the data do, and gets poison;
 - barriers: in divergent code, or never left; lanes that an instruction of a warp waits for and that do not come. Lanes
   that have exited do not count, as on a GPU: a barrier that some pass by on their way to the end is no fault;
-- a kernel that has `griddepcontrol.wait`, and so may be launched while the one before it still runs: threads that read
-  or write tensors before it, or end without it;
+- launches that may overlap, of code for compute capability 9.0 or later: threads that read or write tensors, or end,
+  before they ran `griddepcontrol.wait`, and writes to variables that were read before it;
 - launches beyond a GPU's limits, such as 48 KB of shared memory a block;
 - steps without end, `trap`, and calls of functions that were not inlined, which are errors once they are reached.
 

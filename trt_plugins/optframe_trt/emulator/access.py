@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optframe.cuda import WAIT_ARCHITECTURE
 from optframe_trt.emulator import values
 from optframe_trt.emulator.memory import LOCAL_WINDOW, SHARED_WINDOW, within
 from optframe_trt.emulator.program import Binder, Builder, Step, require_none, take, unsupported
@@ -362,7 +363,7 @@ def _nothing(binder: Binder, by: Instruction) -> None:
 
 def _dependency(binder: Binder, by: Instruction) -> Step | None:
     """griddepcontrol: waits for the kernel before, which a launch without one only notes, or calls the next one."""
-    if by.modifiers not in (("wait",), ("launch_dependents",)):
+    if by.modifiers not in (("wait",), ("launch_dependents",)) or binder.architecture < WAIT_ARCHITECTURE:
         raise unsupported(by)
     return (lambda machine: machine.wait()) if by.modifiers == ("wait",) else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optframe.cuda import WAIT
+from optframe.cuda import WAIT_ARCHITECTURE
 from optframe.types import KernelLaunch, TensorInfo
 from optframe_trt.driver import POISON, numpy_dtype
 from optframe_trt.emulator.faults import KernelFault
@@ -32,15 +32,12 @@ _SHARED_BYTES = 48 * 1024
 _LIMITS = {"block": (1024, 1024, 64), "grid": (2**31 - 1, 65535, 65535)}
 
 
-_WAITS_FROM = 90
+def targets(launch: KernelLaunch) -> tuple[int, ...]:
+    """Return the compute capabilities to compile a launch's kernel for, so that all is seen that may go wrong.
 
-
-def targets(source: str) -> tuple[int, ...]:
-    """Return the compute capabilities to compile CUDA source for, so that the emulator sees all that may go wrong.
-
-    They are the usual ones, but 9.0 for kernels that wait for the kernel before, which is there from then on.
+    They are the usual ones; 9.0 is added where launches may overlap, since a kernel waits from then on.
     """
-    return (_WAITS_FROM,) if WAIT in source else DEFAULT_TARGETS
+    return (*DEFAULT_TARGETS, WAIT_ARCHITECTURE) if launch.overlap else DEFAULT_TARGETS
 
 
 def run_on_arrays(

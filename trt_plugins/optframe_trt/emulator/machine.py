@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from optframe.cuda import WAIT
+from optframe.cuda import WAIT, WAIT_ARCHITECTURE
 from optframe.errors import PluginError
 from optframe.types import KernelLaunch
 from optframe_trt.emulator import values
@@ -76,7 +76,8 @@ class Machine:
         self._places = np.where(self.live, 0, _GONE).astype(np.int32)
         self._blocked = np.zeros(self.threads, bool)
         self.carry = np.zeros(self.threads, bool)  # of add.cc and its like
-        self.unwaited = np.ones(self.threads, bool) if program.waits else None  # for the kernel before; None: all have
+        waits = launch.overlap and program.architecture >= WAIT_ARCHITECTURE
+        self.unwaited = np.ones(self.threads, bool) if waits else None  # for the kernel before; None: all have
         self.barriers = np.zeros(self.threads, np.int64)  # 1 + the number of the barrier that a thread waits at
         self._retrying = False
         self._merge_at: int = _GONE
@@ -215,7 +216,7 @@ class Machine:
         """Report those of `threads`, marks of all, that have not waited for the kernel before."""
         if self.unwaited is not None and (threads & self.unwaited).any():
             self.select(threads & self.unwaited)
-            self.fault(by, f"{deed} before it waits for the kernel before: the instruction is {WAIT}")
+            self.fault(by, f"{deed} before the thread ran {WAIT}, as one whose launch may overlap has to")
 
     def describe(self, thread: int) -> str:
         """Return which block and thread a number stands for."""

@@ -69,6 +69,7 @@ class GlobalMemory:
         self._readable = np.zeros(self.words.data.size, bool)
         self._writable = np.zeros(self.words.data.size, bool)
         self._allowed: dict[tuple[int, bool], Array] = {}
+        self._early = False  # whether a thread read a variable before it waited for the kernel before
 
     def place(self, name: str, address: int, data: Array | bytes, writable: bool) -> None:
         """Put bytes at an address and open them to the kernel."""
@@ -91,9 +92,8 @@ class GlobalMemory:
             KernelFault: one is out of bounds, misaligned, or writes to what is not to be written.
         """
         offsets = addresses - GLOBAL_BASE
-        tensors = machine.program.layout.global_bytes  # where they begin, behind the kernel's variables
-        if machine.unwaited is not None and (offsets >= tensors).any():
-            machine.require_waited(by, machine.selected, "writes" if writing else "reads")
+        if machine.unwaited is not None or self._early:
+            self._watch(machine, by, offsets, writing)
         union = int(np.bitwise_or.reduce(offsets))
         if union >= 0 and not union & (size - 1):
             index = offsets >> SHIFTS[size]
@@ -101,6 +101,21 @@ class GlobalMemory:
             if int(index.max()) < allowed.size and allowed.take(index).all():
                 return index
         return self._fault(machine, by, addresses, size, writing)
+
+    def _watch(self, machine: Machine, by: Instruction, offsets: Array, writing: bool) -> None:
+        """Report accesses of threads that have not waited for the kernel before.
+
+        Its own variables a thread may read, as long as no launch writes them: the one before may be of the same kernel.
+        """
+        tensors = offsets >= machine.program.layout.global_bytes  # which lie behind the variables
+        if machine.unwaited is not None:
+            accessing = np.zeros(machine.threads, bool)
+            accessing[machine.active_threads] = tensors | writing
+            machine.require_waited(by, accessing, "writes" if writing else "reads")
+            early = machine.unwaited[machine.active_threads]
+            self._early = self._early or bool((early & ~tensors).any())
+        if writing and self._early and not tensors.all():
+            machine.fault(by, "writes a variable that was read before the wait", int((~tensors).argmax()))
 
     def _of(self, size: int, writing: bool) -> Array:
         key = (size, writing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optframe.cuda import WAIT
 from optframe_trt.emulator import ptx, values
 from optframe_trt.emulator.faults import Unsupported
 from optframe_trt.emulator.memory import GLOBAL_BASE
@@ -56,8 +56,8 @@ class Program:
     """A kernel with its bound instructions.
 
     `stops[i]` is the first place from i on whose instruction is a control; `steps` has such for all the others.
-    `constants` are of the register files: bits, or the name of a special register. `waits`: whether an instruction
-    waits for the kernel before.
+    `constants` are of the register files: bits, or the name of a special register. `architecture`: what it was
+    compiled for, such as 90.
     """
 
     kernel: ptx.Kernel
@@ -66,15 +66,16 @@ class Program:
     controls: dict[int, Control] = field(default_factory=dict)
     stops: list[int] = field(default_factory=list)
     constants: dict[int, list[int | str]] = field(default_factory=lambda: {file: [] for file in (1, 16, 32, 64)})
-    waits: bool = False
+    architecture: int = 0
 
 
 class Binder:
     """What builders of instructions ask: the numbers of registers and constants, places of labels, addresses."""
 
-    def __init__(self, kernel: ptx.Kernel, layout: Layout) -> None:
+    def __init__(self, kernel: ptx.Kernel, layout: Layout, architecture: int) -> None:
         self.kernel = kernel
         self.layout = layout
+        self.architecture = architecture
         self.constants: dict[int, dict[int | str, int]] = {file: {} for file in (1, 16, 32, 64)}
 
     def slot(self, by: Instruction, operand: Operand | None, type_: str) -> int:
@@ -158,7 +159,9 @@ def load(text: str, entry: str) -> Program:
 
     kernel = ptx.parse(text, entry)
     layout = _layout(kernel)
-    binder, program = Binder(kernel, layout), Program(kernel, layout)
+    found = re.search(r"^\s*\.target\s+sm_(\d+)", text, re.MULTILINE)
+    architecture = int(found[1]) if found else 0
+    binder, program = Binder(kernel, layout, architecture), Program(kernel, layout, architecture=architecture)
     for place, instruction in enumerate(kernel.instructions):
         if instruction.opcode in CONTROLS:
             program.controls[place] = CONTROLS[instruction.opcode](binder, instruction)
@@ -169,7 +172,6 @@ def load(text: str, entry: str) -> Program:
         step = BUILDERS[instruction.opcode](binder, instruction) or _nothing
         program.steps.append(guarded(step, instruction.guard) if instruction.guard else step)
     program.stops = _stops(program)
-    program.waits = any(".".join((one.opcode, *one.modifiers)) == WAIT for one in kernel.instructions)
     program.constants = {file: list(table) for file, table in binder.constants.items()}
     return program
 

@@ -84,7 +84,7 @@ def _linear(  # type: ignore[no-untyped-def]
 
 @cache
 def _overlaps(device: torch.device) -> bool:
-    """Say whether launches may overlap on a device; see `optframe.cuda.may_overlap`."""
+    """Say whether launches may overlap on a device; see `optframe.types.KernelLaunch`."""
     major, minor = torch.cuda.get_device_capability(device)
     return hasattr(tl.extra.cuda, "gdc_wait") and launches_overlap(10 * major + minor)
 
