@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from optframe.errors import EnvironmentLacks, OptframeError
@@ -94,10 +94,19 @@ def launches_overlap(architecture: int) -> bool:
     return architecture >= WAIT_ARCHITECTURE and version.value >= _OVERLAP_DRIVER
 
 
-def _architecture(function: ctypes.c_void_p) -> int:
-    found = ctypes.c_int()
-    call("cuFuncGetAttribute", ctypes.byref(found), ctypes.c_int(_PTX_VERSION), function)
-    return found.value
+class Function:
+    """A kernel that is loaded: the driver's handle, and whatever object keeps its module loaded."""
+
+    def __init__(self, handle: ctypes.c_void_p, owner: object = None) -> None:
+        self.handle = handle
+        self._owner = owner
+
+    @cached_property
+    def can_overlap(self) -> bool:
+        """Whether its launches may overlap: it was compiled for an architecture on which kernels can wait."""
+        architecture = ctypes.c_int()
+        call("cuFuncGetAttribute", ctypes.byref(architecture), ctypes.c_int(_PTX_VERSION), self.handle)
+        return launches_overlap(architecture.value)
 
 
 class _Attribute(ctypes.Structure):
@@ -122,26 +131,23 @@ class _Config(ctypes.Structure):
 class PreparedLaunch:
     """A launch whose argument buffers are laid out; a call fills in addresses and launches, and makes nothing else.
 
-    Not for several threads at once. Whoever loaded `function` keeps its module loaded. A launch overlaps, where it may,
-    if the function was compiled for an architecture on which it waits.
-
-    Raises:
-        DriverError: there is no such function.
+    Not for several threads at once.
     """
 
-    def __init__(self, function: ctypes.c_void_p, launch: KernelLaunch, inputs: int, outputs: int) -> None:
+    def __init__(self, function: Function, launch: KernelLaunch, inputs: int, outputs: int) -> None:
+        self._function = function  # keeps the module loaded
         self._empty = 0 in launch.grid
         self._inputs = [ctypes.c_uint64() for _ in range(inputs)]
         self._outputs = [ctypes.c_uint64() for _ in range(outputs)]
         self._extras = [ctypes.c_int32(extra) for extra in launch.extras]
         values = [*self._inputs, *self._extras, *self._outputs]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        overlap = launch.overlap and launches_overlap(_architecture(function))
+        overlap = launch.overlap and function.can_overlap
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         self._config = _Config(
             launch.grid, launch.block, launch.shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
         )
-        self._arguments = (ctypes.byref(self._config), function, parameters, None)
+        self._arguments = (ctypes.byref(self._config), function.handle, parameters, None)
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
         """Launch on device addresses, on a CUDA `stream` handle; a stream that is captured takes the launch up.

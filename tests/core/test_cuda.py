@@ -13,7 +13,7 @@ from optframe.errors import EnvironmentLacks
 from optframe.types import KernelLaunch
 
 LAUNCH = KernelLaunch("shift", (), (3, 2, 1), (64, 1, 1), 16, (7, -1))
-FUNCTION = ctypes.c_void_p(5)
+HANDLE = ctypes.c_void_p(5)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_structures_are_the_drivers() -> None:
 
 
 def test_a_prepared_launch_fills_in_addresses(called: list[tuple[Any, ...]]) -> None:
-    prepared = cuda.PreparedLaunch(FUNCTION, LAUNCH, 2, 1)
+    prepared = cuda.PreparedLaunch(cuda.Function(HANDLE), LAUNCH, 2, 1)
     for inputs, output, stream in (([10, 20], 30, 0), ([11, 2**40], 31, 99)):
         prepared(inputs, [output], stream)
         name, config, function, parameters, _ = called[-1]
@@ -59,7 +59,8 @@ def test_a_prepared_launch_fills_in_addresses(called: list[tuple[Any, ...]]) -> 
 
 
 def test_an_empty_grid_launches_nothing(called: list[tuple[Any, ...]]) -> None:
-    cuda.PreparedLaunch(FUNCTION, KernelLaunch("shift", (), (0, 1, 1), (32, 1, 1)), 1, 1)([0], [0])
+    empty = KernelLaunch("shift", (), (0, 1, 1), (32, 1, 1))
+    cuda.PreparedLaunch(cuda.Function(HANDLE), empty, 1, 1)([0], [0])
     assert not called
 
 
@@ -76,12 +77,13 @@ def test_an_empty_grid_launches_nothing(called: list[tuple[Any, ...]]) -> None:
 def test_launches_overlap_of_kernels_that_wait(
     monkeypatch: pytest.MonkeyPatch, asked: bool, architecture: int, driver: int, overlaps: bool
 ) -> None:
-    launched = []
+    launched, asked_for = [], []
 
     def answer(name: str, *arguments: Any) -> None:
         if name == "cuFuncGetAttribute":
             result, attribute, function = arguments
-            assert (attribute.value, function) == (5, FUNCTION)  # CU_FUNC_ATTRIBUTE_PTX_VERSION
+            assert (attribute.value, function) == (5, HANDLE)  # CU_FUNC_ATTRIBUTE_PTX_VERSION
+            asked_for.append(name)
             result._obj.value = architecture
         elif name == "cuDriverGetVersion":
             arguments[0]._obj.value = driver
@@ -89,7 +91,10 @@ def test_launches_overlap_of_kernels_that_wait(
             launched.append(arguments[0]._obj)
 
     monkeypatch.setattr(cuda, "call", answer)
-    cuda.PreparedLaunch(FUNCTION, replace(LAUNCH, overlap=asked), 1, 1)([1], [2])
-    (config,) = launched
-    assert config.attribute_count == overlaps
-    assert (config.attributes[0].id, config.attributes[0].value) == (6, 1)  # programmatic stream serialization
+    function = cuda.Function(HANDLE)
+    for _ in range(2):
+        cuda.PreparedLaunch(function, replace(LAUNCH, overlap=asked), 1, 1)([1], [2])
+        config = launched[-1]
+        assert config.attribute_count == overlaps
+        assert (config.attributes[0].id, config.attributes[0].value) == (6, 1)  # programmatic stream serialization
+    assert (len(launched), len(asked_for)) == (2, asked), "what a function can do is asked once"

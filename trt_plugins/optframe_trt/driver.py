@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from optframe.cuda import DriverError, PreparedLaunch, call, driver, ensure_context
+from optframe import cuda
 from optframe.types import KernelLaunch, TensorInfo
 
 if TYPE_CHECKING:
@@ -22,19 +22,19 @@ _GUARD = 256
 
 def compute_capability() -> int:
     """Return the compute capability of the current context's device, such as 89."""
-    ensure_context()
+    cuda.ensure_context()
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    call("cuCtxGetDevice", ctypes.byref(device))
-    call("cuDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(75), device)  # ..._COMPUTE_CAPABILITY_MAJOR
-    call("cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(76), device)  # ..._COMPUTE_CAPABILITY_MINOR
+    cuda.call("cuCtxGetDevice", ctypes.byref(device))
+    cuda.call("cuDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(75), device)  # ..._COMPUTE_CAPABILITY_MAJOR
+    cuda.call("cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(76), device)  # ..._COMPUTE_CAPABILITY_MINOR
     return 10 * major.value + minor.value
 
 
 def free_bytes() -> int:
     """Return how much of the current device's memory is free."""
-    ensure_context()
+    cuda.ensure_context()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    cuda.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
@@ -42,15 +42,15 @@ class Kernel:
     """An entry point of a PTX text, compiled by the driver for the current context's device; it stays loaded."""
 
     def __init__(self, ptx: str, entry: str) -> None:
-        ensure_context()
-        self._module = ctypes.c_void_p()
-        self._function = ctypes.c_void_p()
-        call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
-        call("cuModuleGetFunction", ctypes.byref(self._function), self._module, entry.encode())
+        cuda.ensure_context()
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        cuda.call("cuModuleLoadData", ctypes.byref(module), ptx.encode())
+        cuda.call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+        self._function = cuda.Function(function)  # nothing unloads its module
 
-    def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> PreparedLaunch:
+    def prepare(self, launch: KernelLaunch, inputs: int, outputs: int) -> cuda.PreparedLaunch:
         """Return the launch with room for the addresses of so many `inputs` and `outputs`."""
-        return PreparedLaunch(self._function, launch, inputs, outputs)
+        return cuda.PreparedLaunch(self._function, launch, inputs, outputs)
 
     def __call__(self, launch: KernelLaunch, inputs: Sequence[int], outputs: Sequence[int], stream: int = 0) -> None:
         """Launch on device addresses `inputs` (those that are present) and `outputs`, on a CUDA `stream` handle.
@@ -69,11 +69,11 @@ class _Buffer:
         self.address = ctypes.c_uint64()
 
     def __enter__(self) -> _Buffer:
-        call("cuMemAlloc_v2", ctypes.byref(self.address), ctypes.c_size_t(max(self.size, 1)))
+        cuda.call("cuMemAlloc_v2", ctypes.byref(self.address), ctypes.c_size_t(max(self.size, 1)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        driver().cuMemFree_v2(self.address)
+        cuda.driver().cuMemFree_v2(self.address)
 
 
 def run_on_arrays(
@@ -99,18 +99,18 @@ def run_on_arrays(
         buffers = [stack.enter_context(_Buffer(array.nbytes + 2 * _GUARD + offset)) for array in (*inputs, *results)]
         addresses = [buffer.address.value + _GUARD + offset for buffer in buffers]
         for buffer in buffers:
-            call("cuMemsetD8_v2", buffer.address, ctypes.c_ubyte(POISON), ctypes.c_size_t(buffer.size))
+            cuda.call("cuMemsetD8_v2", buffer.address, ctypes.c_ubyte(POISON), ctypes.c_size_t(buffer.size))
         for array, address in zip(inputs, addresses, strict=False):
             data = np.ascontiguousarray(array)
-            call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), _size(data))
+            cuda.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), _size(data))
         kernel(launch, addresses[: len(inputs)], addresses[len(inputs) :])
-        call("cuCtxSynchronize")
+        cuda.call("cuCtxSynchronize")
         for index, (result, buffer) in enumerate(zip(results, buffers[len(inputs) :], strict=True)):
             whole = np.empty(buffer.size, np.uint8)
-            call("cuMemcpyDtoH_v2", whole.ctypes.data_as(ctypes.c_void_p), buffer.address, _size(whole))
+            cuda.call("cuMemcpyDtoH_v2", whole.ctypes.data_as(ctypes.c_void_p), buffer.address, _size(whole))
             start, end = _GUARD + offset, _GUARD + offset + result.nbytes
             if (whole[:start] != POISON).any() or (whole[end:] != POISON).any():
-                raise DriverError(f"the kernel {launch.entry} wrote outside its output {index}")
+                raise cuda.DriverError(f"the kernel {launch.entry} wrote outside its output {index}")
             result.reshape(-1).view(np.uint8)[:] = whole[start:end]
     return results
 

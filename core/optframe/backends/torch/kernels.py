@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optframe.backends.torch.dtypes import info
 from optframe.backends.torch.registry import Call, OpNode
-from optframe.cuda import PreparedLaunch, ensure_context
+from optframe.cuda import Function, PreparedLaunch, ensure_context
 from optframe.errors import EnvironmentLacks, InputError, PluginError
 from optframe.types import Defines, KernelLaunch, KernelSpec, OpSpec, TensorInfo
 
@@ -75,21 +75,21 @@ def _launch(kernel: KernelSpec, launch: KernelLaunch, inputs: list[Tensor], outp
     device = inputs[0].device.index or 0
     with torch.cuda.device(device):
         ensure_context(device)
-        function, _ = _compiled(kernel, launch.entry, launch.defines, device)
+        function = _compiled(kernel, launch.entry, launch.defines, device)
         prepared = PreparedLaunch(function, launch, len(inputs), len(outputs))
         stream = torch.cuda.current_stream().cuda_stream
         prepared([tensor.data_ptr() for tensor in inputs], [tensor.data_ptr() for tensor in outputs], stream)
 
 
 @cache
-def _compiled(kernel: KernelSpec, entry: str, defines: Defines, device: int) -> tuple[ctypes.c_void_p, Any]:
-    """Return the driver's function of the kernel, compiled by CuPy for the device at hand, and what keeps it loaded."""
+def _compiled(kernel: KernelSpec, entry: str, defines: Defines, device: int) -> Function:
+    """Return the kernel, compiled by CuPy for the device at hand."""
     import cupy
 
     options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
     try:
         with cupy.cuda.Device(device):
             compiled = cupy.RawModule(code=kernel.read_source(), options=options, backend="nvrtc").get_function(entry)
-            return ctypes.c_void_p(compiled.kernel.ptr), compiled
+            return Function(ctypes.c_void_p(compiled.kernel.ptr), owner=compiled)
     except cupy.cuda.compiler.CompileException as error:
         raise PluginError(f"{kernel.source} does not compile: {(str(error).splitlines() or [''])[0]}") from error
