@@ -17,6 +17,7 @@ from optframe_trt import emulator, nvrtc
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
+Shape = tuple[int, ...]
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -54,20 +55,20 @@ KERNELS = (LAYERNORM, SKIP_LAYERNORM)
 SPECS = [pytest.param(LAYERNORM, id="plain"), pytest.param(SKIP_LAYERNORM, id="skip")]
 
 
-def tensors(spec: KernelSpec, shape: tuple[int, int], dtype: str) -> list[TensorInfo | None]:
+def tensors(spec: KernelSpec, shape: Shape, dtype: str) -> list[TensorInfo]:
     """All that the op adds, without parameters; they are like its outputs."""
     return [TensorInfo(shape, dtype)] * (1 + KERNELS.index(spec))
 
 
-def chosen(spec: KernelSpec, shape: tuple[int, int], dtype: str = "float16", **attributes: object) -> KernelLaunch:
+def plain_launch(spec: KernelSpec, shape: Shape, dtype: str = "float16", **attributes: object) -> KernelLaunch:
     given = tensors(spec, shape, dtype)
-    return spec.launch_rule()(given, given, attributes)  # type: ignore[arg-type]
+    return spec.launch_rule()(given, given, attributes)
 
 
-def reused(spec: KernelSpec, shape: tuple[int, int], dtype: str, defines: Defines) -> KernelLaunch:
+def reused(spec: KernelSpec, shape: Shape, dtype: str, defines: Defines) -> KernelLaunch:
     rule, given = spec.reuse_rule(), tensors(spec, shape, dtype)
     assert rule is not None
-    return rule(given, given, {}, defines)  # type: ignore[arg-type]
+    return rule(given, given, {}, defines)
 
 
 class TestLaunchRule:
@@ -75,7 +76,7 @@ class TestLaunchRule:
     @pytest.mark.parametrize("columns", [8, 256, 257, 1024, 4096])
     def test_rows_decide_the_rows_a_block_alone(self, spec: KernelSpec, columns: int) -> None:
         for rows in (1, 900, 3350, 8192, 100_000, 10**6):
-            few, many = (chosen(spec, (count, columns)) for count in (3, rows))
+            few, many = (plain_launch(spec, (count, columns)) for count in (3, rows))
             differ = {name for name, value in many.defines if dict(few.defines)[name] != value}
             assert differ <= {"LN_GROUPS", "LN_BLOCKS"}
             groups = dict_of(many)["LN_GROUPS"]
@@ -91,14 +92,14 @@ class TestLaunchRule:
         ],
     )
     def test_threads_of_a_block(self, spec: KernelSpec, rows: int, threads: int) -> None:
-        assert chosen(spec, (rows, 256)).block == (threads, 1, 1)
+        assert plain_launch(spec, (rows, 256)).block == (threads, 1, 1)
 
     @pytest.mark.parametrize("spec", SPECS)
     @pytest.mark.parametrize(
         ("columns", "dtype"), [(256, "float16"), (768, "float32"), (33, "bfloat16"), (9000, "float32")]
     )
     def test_a_kernel_does_any_rows(self, spec: KernelSpec, columns: int, dtype: str) -> None:
-        calls = [chosen(spec, (rows, columns), dtype) for rows in (0, 1, 577, 5000, 40_000)]
+        calls = [plain_launch(spec, (rows, columns), dtype) for rows in (0, 1, 577, 5000, 40_000)]
         for kernel in calls:
             for own in calls:
                 (rows,) = own.extras
@@ -111,13 +112,13 @@ class TestLaunchRule:
     @pytest.mark.parametrize("spec", SPECS)
     def test_kernels_for_other_calls_are_refused(self, spec: KernelSpec) -> None:
         other = KERNELS[1 - KERNELS.index(spec)]
-        own = dict(chosen(spec, (3, 256)).defines)
+        own = dict(plain_launch(spec, (3, 256)).defines)
         for defines in (
-            chosen(spec, (3, 257)).defines,
-            chosen(spec, (3, 256), "float32").defines,
-            chosen(spec, (3, 256), epsilon=1e-3).defines,
-            chosen(other, (3, 256)).defines,
-            chosen(spec, (3, 256)).defines[1:],
+            plain_launch(spec, (3, 257)).defines,
+            plain_launch(spec, (3, 256), "float32").defines,
+            plain_launch(spec, (3, 256), epsilon=1e-3).defines,
+            plain_launch(other, (3, 256)).defines,
+            plain_launch(spec, (3, 256)).defines[1:],
             *(
                 tuple((own | {"LN_GROUPS": groups, "LN_BLOCKS": "1"}).items())
                 for groups in ("1", "1000000", "9" * 5000)
@@ -138,7 +139,7 @@ class TestLaunchRule:
         ],
     )
     def test_warps_and_blocks(self, spec: KernelSpec, columns: int, dtype: str, lanes: int) -> None:
-        assert dict_of(chosen(spec, (7, columns), dtype))["LN_LANES"] == lanes
+        assert dict_of(plain_launch(spec, (7, columns), dtype))["LN_LANES"] == lanes
 
     @pytest.mark.parametrize(
         ("columns", "parameter", "early"),
@@ -158,8 +159,7 @@ class TestLaunchRule:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
     def test_threads_cover_a_row(self, spec: KernelSpec, columns: int, dtype: str) -> None:
-        inputs = 1 + (spec is SKIP_LAYERNORM)
-        chosen = launch(spec, *[TensorInfo((7, columns), dtype)] * inputs, outputs=inputs)
+        chosen = plain_launch(spec, (7, columns), dtype)
         values = dict_of(chosen)
         lanes, groups = values["LN_LANES"], values["LN_GROUPS"]
         assert columns % values["LN_VECTOR"] == 0
@@ -182,8 +182,7 @@ class TestLaunchRule:
     )
     @pytest.mark.parametrize("spec", [LAYERNORM, SKIP_LAYERNORM])
     def test_long_rows_are_read_twice(self, spec: KernelSpec, columns: int, dtype: str, twice: bool) -> None:
-        inputs = 1 + (spec is SKIP_LAYERNORM)
-        chosen = launch(spec, *[TensorInfo((7, columns), dtype)] * inputs, outputs=inputs)
+        chosen = plain_launch(spec, (7, columns), dtype)
         assert dict_of(chosen)["LN_LONG"] == twice
 
     @pytest.mark.parametrize(("dtype", "item_bytes"), [("float32", 4), ("float16", 2)])
@@ -267,10 +266,9 @@ class TestDispatch:
     @staticmethod
     def compiled(spec: KernelSpec, x: Array) -> tuple[KernelLaunch, str, list[Array], list[TensorInfo]]:
         """The launch for x, as all that the op adds, without parameters; its PTX, its inputs and its outputs."""
-        inputs = [x] * (1 + (spec is SKIP_LAYERNORM))
-        infos = [TensorInfo(x.shape, str(x.dtype))] * len(inputs)
-        chosen = launch(spec, *infos, outputs=len(inputs))
-        return chosen, nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text, inputs, infos
+        chosen, infos = plain_launch(spec, x.shape, str(x.dtype)), tensors(spec, x.shape, str(x.dtype))
+        ptx = nvrtc.compile_ptx(spec.read_source(), defines=chosen.defines).text
+        return chosen, ptx, [x] * len(infos), infos
 
     @pytest.mark.parametrize(
         ("spec", "rows", "marked"), [(LAYERNORM, 31, False), (LAYERNORM, 32, True), (SKIP_LAYERNORM, 32, False)]
