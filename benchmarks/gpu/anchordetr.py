@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,23 @@ def kernel_times(run: Callable[[], Any]) -> Iterator[tuple[str, float]]:
         covered = max(covered, end)
 
 
+def tally(times: Iterable[tuple[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return microseconds and launches of a run by name, of what `kernel_times` says."""
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    for name, us in times:
+        spent[name].append(us)
+    return {name: (sum(found), len(found) / PROFILED_RUNS) for name, found in spent.items()}
+
+
+def kind_of(name: str) -> str:
+    """Return the class of a kernel by its name."""
+    kinds = (kind for kind, marks in CLASSES.items() if any(mark in name for mark in marks))
+    return next(kinds, "elementwise and reductions")
+
+
 def budget(times: Sequence[tuple[str, float]], median_ms: float) -> list[dict[str, Any]]:
     """Return microseconds and launches of a run by class of kernel, and what of the run no kernel covers."""
-    spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
-    for name, us in times:
-        kinds = (kind for kind, marks in CLASSES.items() if any(mark in name for mark in marks))
-        entry = spent[next(kinds, "elementwise and reductions")]
-        entry[0] += us
-        entry[1] += 1 / PROFILED_RUNS
+    spent = tally((kind_of(name), us) for name, us in times)
     rows = [{"class": kind, "us": round(us, 1), "launches": round(n)} for kind, (us, n) in sorted(spent.items())]
     rows.append({"class": "gaps", "us": round(median_ms * 1e3 - sum(us for _, us in times), 1), "launches": 0})
     return rows
@@ -157,11 +166,7 @@ def budget(times: Sequence[tuple[str, float]], median_ms: float) -> list[dict[st
 
 def longest(times: Sequence[tuple[str, float]]) -> list[tuple[float, float, str]]:
     """Return (microseconds, launches, name) of each kernel of a run, the most expensive first."""
-    spent: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
-    for name, us in times:
-        spent[name][0] += us
-        spent[name][1] += 1 / PROFILED_RUNS
-    return sorted(((us, n, name) for name, (us, n) in spent.items()), reverse=True)
+    return sorted(((us, n, name) for name, (us, n) in tally(times).items()), reverse=True)
 
 
 def measure_ours(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[], Any]]:
